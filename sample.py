@@ -1,0 +1,272 @@
+"""Streaming generation: `rollout()` yields a video chunk by chunk, and the command line writes it to a GIF as it grows.
+
+    python sample.py                                  plays checkpoints/toy.pt, 120 frames, four captions
+    python sample.py --prompt "red disc" --frames 480 --route absorbed
+    python sample.py --checkpoint out/model.pt --evaluate 64        exact metrics over 64 rollouts
+
+The flow-matching convention of the whole repository stands here, beside the sampler that relies on it (train.py
+imports it for the loss, so that sign and direction of time cannot disagree):
+    x_sigma = (1 - sigma) x0 + sigma eps            sigma = 0 clean, sigma = 1 noise                          (F1)
+    v*      = d x_sigma / d sigma = eps - x0        what the network predicts                                 (F2)
+    x_sigma' = x_sigma - (sigma - sigma') v         one Euler step towards the data                           (F3)
+    x0      = x_sigma - sigma v                     the answer that v implies                                 (F4)
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import GifImagePlugin, Image
+from torch import Tensor
+
+from mla_video import ROUTES, Config, VideoDiT
+from toy_data import decode_caption, encode_caption, make_world, survival_report
+
+SHIFT = 3.0                                                # spends more of training and of sampling at high noise
+PROMPTS = ("slow red disc", "slow blue square", "fast green triangle", "fast yellow disc")
+
+
+# ---- flow matching --------------------------------------------------------------------------------------------------
+
+def shift(u, k: float = SHIFT):
+    """S_k(u) = k u / (1 + (k - 1) u): a uniform u in [0, 1] becomes a noise level sigma that dwells near 1. Large latents
+    need k = 5 (averaging many pixels sees through noise); for 16 x 16 pixels 3 is better."""
+    return k * u / (1 + (k - 1) * u)
+
+
+def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """(F1) for video [B, F, ...] with one sigma per frame [B, F]."""
+    sigma = sigma[..., None, None, None]
+    return (1 - sigma) * x0 + sigma * eps
+
+
+@torch.no_grad()
+def rollout(model: VideoDiT, caption: Tensor, frames: int, *, steps: int = 12, guidance: float = 1.0, route: str = "auto",
+            generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Yield chunks [B, chunk, channels, height, width] in about [-1, 1] until `frames` frames are made (0: without end).
+
+    Every chunk starts as noise, takes `steps` Euler steps while it looks at the cache of its predecessors, and is
+    then committed. Memory and time per chunk do not depend on how long the video already is. `guidance` w > 1
+    uses v(none) + w (v(caption) - v(none)), and the caption-free model needs *its own* cache: its past means
+    something else (sharing one is a classic silent bug).
+    """
+    c, device = model.config, model.embed.weight.device
+    sigmas = [shift(1 - i / steps) for i in range(steps + 1)]                          # 1 ... 0
+    caption, none = caption.to(device), torch.zeros_like(caption, device=device)
+    memory = model.make_cache(len(caption))
+    memory_none = model.make_cache(len(caption)) if guidance != 1 else None
+    for _ in iter(int, 1) if frames == 0 else range(math.ceil(frames / c.chunk)):      # iter(int, 1) never ends
+        shape = len(caption), c.chunk, c.channels, c.height, c.width
+        home = generator.device if generator is not None else device
+        x = torch.randn(shape, generator=generator, device=home).to(device, model.embed.weight.dtype)
+        for now, then in zip(sigmas, sigmas[1:]):
+            sigma = x.new_full(shape[:2], now)
+            v = model.denoise(x, sigma, caption, memory, route)
+            if guidance != 1:
+                v_none = model.denoise(x, sigma, none, memory_none, route)
+                v = v_none + guidance * (v - v_none)
+            x = x - (now - then) * v                                                                          # (F3)
+        model.commit(x, caption, memory, route)
+        if guidance != 1:
+            model.commit(x, none, memory_none, route)
+        yield x
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+def save_model(path: Path, model: VideoDiT, **about) -> None:
+    """Weights in half precision, the config and plain facts about the training run, written whole or not at all."""
+    weights = {name: value.half() for name, value in model.state_dict().items()}
+    write_atomically(path, {"config": asdict(model.config), "model": weights, "about": about})
+
+
+def write_atomically(path: Path, content: dict) -> None:
+    """Write beside the target, then rename over it: an interrupted save never costs the file that was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".part")
+    torch.save(content, scratch)
+    scratch.replace(path)
+
+
+def read_checkpoint(path: Path, keys: set[str]) -> dict:
+    """A checkpoint's content; ValueError in one line if it is missing, cut short, not one, or lacks one of `keys`. Only
+    tensors and plain values are ever unpickled: a checkpoint cannot run code."""
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint at {path}: train one with `python train.py`, or name another with --checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                             # torch raises half a dozen kinds for a broken file
+        raise ValueError(f"{path} is not a readable checkpoint (cut short, or not written by train.py): "
+                         f"{type(error).__name__}") from error
+    missing = keys - set(content) if isinstance(content, dict) else keys
+    if missing:
+        raise ValueError(f"{path} is a torch file but not a checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def build_model(path: Path, config: dict, weights: dict) -> VideoDiT:
+    """The model that a checkpoint describes, in evaluation mode; ValueError in one line if weights and config disagree."""
+    unknown = set(config) - set(asdict(Config()))
+    if unknown:
+        raise ValueError(f"{path} was written for another version: unknown settings {', '.join(sorted(unknown))}")
+    with torch.device("meta"):                             # nothing is allocated before the sizes are known to match
+        model = VideoDiT(Config(**config))
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = [name for name in expected.keys() | weights.keys()
+             if name not in expected or name not in weights or expected[name] != weights[name].shape]
+    if wrong:
+        raise ValueError(f"{path}: the weights are of another config: {len(wrong)} tensors differ, e.g. {min(wrong)}")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError(f"{path} holds NaN or infinite weights: the training run that wrote it had diverged")
+    model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    return model.eval()
+
+
+def load_model(path: str | Path) -> tuple[VideoDiT, dict]:
+    """(model, facts about its training) from a file written by `save_model`."""
+    content = read_checkpoint(Path(path), {"config", "model", "about"})
+    return build_model(Path(path), content["config"], content["model"]), content["about"]
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+def to_pixels(chunk: Tensor, zoom: int = 8) -> np.ndarray:
+    """uint8 [F, zoom * h, B * (zoom * w + gap), 3]: the videos of a batch side by side, pixels blown up."""
+    pixels = ((chunk.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().permute(1, 0, 3, 4, 2)   # [F, B, h, w, 3]
+    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    pixels = torch.nn.functional.pad(pixels, (0, 0, 0, zoom), value=128)               # a grey gap right of each video
+    return pixels.permute(0, 2, 1, 3, 4).flatten(2, 3)[:, :, :-zoom].expand(-1, -1, -1, 3).numpy()
+
+
+class GifWriter:
+    """A GIF that can be appended to and is a valid file after every append. All frames share one fixed palette
+    (7 x 7 x 5 levels), so that nothing written has to be looked at again: memory does not grow with the video."""
+
+    def __init__(self, path: Path, fps: int = 16):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self.path, self.fps, self.end = open(path, "wb"), path, fps, 0
+        levels = [(r, g, b) for r in range(7) for g in range(7) for b in range(5)]
+        self.palette = Image.new("P", (1, 1))
+        self.palette.putpalette([round(255 * value / top) for rgb in levels for value, top in zip(rgb, (6, 6, 4))])
+
+    def append(self, frames: np.ndarray) -> None:
+        """uint8 [F, h, w, 3]."""
+        for frame in frames:
+            picture = Image.fromarray(frame).quantize(palette=self.palette, dither=Image.Dither.NONE)
+            if self.end == 0:
+                header = GifImagePlugin.getheader(picture, info={"loop": 0})[0]
+                self.file.write(b"".join(header))
+                self.end = self.file.tell()
+            self.file.seek(self.end)                       # over the trailer of the last append
+            duration = round(1000 / self.fps / 10) * 10    # GIF counts in hundredths of a second
+            for block in GifImagePlugin.getdata(picture, duration=duration, include_color_table=False):
+                self.file.write(block)
+            self.end = self.file.tell()
+            self.file.write(b";")
+        self.file.flush()
+
+
+# ---- judging --------------------------------------------------------------------------------------------------------
+
+def evaluate(model: VideoDiT, captions: Tensor, frames: int, seed: int, **how) -> dict[str, float]:
+    """`toy_data.survival_report` over the end of one rollout per caption [B, slots]; `how` goes to `rollout`."""
+    generator = torch.Generator().manual_seed(seed)
+    video = torch.cat([chunk.float().cpu() for chunk in rollout(model, captions, frames, generator=generator, **how)], dim=1)
+    return survival_report(video, captions)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Stream a video out of a trained model and write it to a GIF as it grows.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "checkpoints/toy.pt"), help="a file written by train.py")
+    parser.add_argument("--prompt", action="append", help='a caption such as "fast red disc"; may be given again for a second video')
+    parser.add_argument("--frames", type=int, default=120, help="frames to make; 0 streams until Ctrl-C")
+    parser.add_argument("--steps", type=int, default=12, help="Euler steps per chunk")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance weight; 1 is off")
+    parser.add_argument("--route", default="auto", choices=("auto", *ROUTES), help="how attention is computed; the answer is the same")
+    parser.add_argument("--out", default="out", help="a folder (for sample.gif) or the name of a .gif")
+    parser.add_argument("--evaluate", type=int, default=0, metavar="N", help="print exact metrics over N rollouts instead of a GIF")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run(sample_from, parser.parse_args(argv))
+
+
+def run(action, arguments) -> None:
+    """Run a command line: what the user can mend is said in one line, exit code 2; Ctrl-C is no error."""
+    try:
+        action(arguments)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name: str) -> torch.device:
+    """A device that exists; ValueError in one line otherwise."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+
+
+def sample_from(args) -> None:
+    for name, low in (("frames", 0), ("steps", 1), ("evaluate", 0), ("seed", 0)):
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name} must be at least {low}, got {getattr(args, name)}")
+    device = pick_device(args.device)
+    model, about = load_model(args.checkpoint)
+    model.to(device)
+    how = dict(steps=args.steps, guidance=args.guidance, route=args.route)
+    if args.evaluate:
+        if about["data"] != "shapes":
+            raise ValueError(f"--evaluate needs a model of the shapes world, whose truth is known; this one saw {about['data']!r}")
+        report_survival(model, args.evaluate, args.frames, args.seed, **how)
+        return
+    prompts = args.prompt or list(PROMPTS if about["data"] == "shapes" else [""] * 4)
+    captions = torch.stack([encode_caption(prompt) for prompt in prompts])
+    generator = torch.Generator().manual_seed(args.seed)
+    path = Path(args.out) if args.out.endswith(".gif") else Path(args.out) / "sample.gif"
+    gif, made, start = GifWriter(path), 0, time.perf_counter()
+    try:
+        for chunk in rollout(model, captions, args.frames, generator=generator, **how):
+            gif.append(to_pixels(chunk)[:max(args.frames - made, 0) or None])
+            made += model.config.chunk
+            print(f"\r{made} frames", end="", file=sys.stderr)
+    finally:
+        print(file=sys.stderr)
+    seconds = time.perf_counter() - start
+    print(f"captions     {', '.join(decode_caption(caption) or '(none)' for caption in captions)}")
+    print(f"speed        {len(captions) * made / seconds:.1f} frames/s ({len(captions)} videos at once, {device.type}, "
+          f"{args.steps} steps a chunk, route {args.route})")
+    print(cache_line(model, len(captions)))
+    print(f"wrote        {path}")
+
+
+def cache_line(model: VideoDiT, batch: int) -> str:
+    """Bytes of this model's cache against those of its dense twin, both read from allocated buffers."""
+    mine = model.make_cache(batch)
+    twin = VideoDiT(replace(model.config, attention="dense")) if model.config.attention == "mla" else model
+    dense = twin.make_cache(batch, device="meta", dtype=mine.buffers[0].dtype)
+    return (f"cache        {mine.nbytes:,} bytes for {batch} videos; dense attention keeps {dense.nbytes:,} "
+            f"({100 * (1 - mine.nbytes / dense.nbytes):.1f} % less)")
+
+
+def report_survival(model: VideoDiT, rollouts: int, frames: int, seed: int, **how) -> dict[str, float]:
+    """Print and return the exact metrics of `rollouts` videos with captions of unseen clips."""
+    captions = make_world("shapes", seed=10_000 + seed).batch(range(rollouts))[1]
+    report = evaluate(model, captions, frames, seed, **how)
+    print(f"{rollouts} rollouts of {frames} frames ({frames / model.config.frames:.0f}x the training clip), last 12 frames: "
+          + ", ".join(f"{name} {100 * value:.0f} %" for name, value in report.items()))
+    return report
+
+
+if __name__ == "__main__":
+    main()
