@@ -1,0 +1,286 @@
+"""The fast path, part one: latent attention as one Triton kernel, for chunks of few query tokens.
+
+    B batch   L query tokens   T key tokens   H heads   C content latent   R rope channels   M = L*H rows of queries
+
+Absorbed MLA is multi-query attention over the cache itself. With q_lat = W_UK^T q_nope (a GEMM outside this file), each token t has
+ONE key for all heads, the row [c_kv[t] | rope(k_rope[t])] of C + R numbers, and its value is c_kv[t]: *a slice of the key*.
+
+    (1)  s[m,t]  = scale * ( q_lat[m] . c_kv[t]  +  q_rope[m] . rope(k_rope[t]) )                m = (query token, head), in M
+    (2)  out[m]  = sum_t softmax_t(s[m,t]) c_kv[t]                                               [C]; W_UV is applied outside
+
+Why a kernel of our own: cuDNN does not split the key range, so 64 query tokens leave most of a GPU idle; FlexAttention pads 224/192 to
+256/256 and cannot know that K and V are one tensor. Here the tile of latents is fetched once and used twice, and all heads are packed
+with the query tokens into the rows of one matrix, because they share the key: 64 tokens x 12 heads are 768 rows for the tensor cores.
+
+How a Triton kernel reads. A *program* is one instance of the kernel function; the grid says how many are started, and
+`tl.program_id` tells each which part of the output is its own. A program handles *tiles*: small matrices held by its threads (in
+registers or shared memory), with power-of-two sides known at compile time (`tl.constexpr`). `tl.load` and `descriptor.load` bring a tile
+from global memory, `tl.dot` multiplies two tiles on the tensor cores, `tl.store` writes one back; the rest is arithmetic on whole tiles.
+
+Online softmax. T keys do not fit on chip, so a program walks over them tile by tile and keeps three running things per row:
+the largest score so far (`top`), the sum of exponentials (`den`) and the weighted sum of values (`acc`). For a new tile of scores s:
+
+    (3)  top' = max(top, max_t s)            (4)  p = 2^(s - top')            (5)  fix = 2^(top - top')
+    (6)  den' = den * fix + sum_t p          (7)  acc' = acc * fix + p @ c_kv
+
+`fix` re-expresses the old sums relative to the new maximum, so no exponent is ever positive: scores of any size are safe. The base is 2
+(scale carries a factor log2 e) since the hardware's exponential is 2^x. At the end out = acc / den, and lse = top + log2 den.
+
+Splitting the keys. Rows alone do not fill the GPU, so the key range is cut into S splits, each a program of its own. Each split
+normalises by its *own* denominator, so plain averaging would be wrong; its share of the true denominator is 2^lse:
+
+    (8)  out = sum_s w_s out_s,   w_s = 2^lse_s / sum_s' 2^lse_s'            (shifted by max lse, as in (4))
+
+Tests: tests/test_fused.py (all of the above in Triton's interpreter; every shipped tile compiled for sm_90 and sm_100 without a GPU).
+"""
+import importlib.util
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None      # a machine without Triton can still import this file
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    @triton.jit
+    def _rotated(x, cos, sin, t, T, R: tl.constexpr):
+        """Rotate a tile of raw keys x [tokens, RP] in fp32. Pairs are adjacent channels: (a, b) -> (a cos - b sin, a sin + b cos)."""
+        i = tl.arange(0, x.shape[1] // 2)                                                # one angle per pair
+        angle = t[:, None] * (R // 2) + i[None, :]
+        inside = (t < T)[:, None] & (i < R // 2)[None, :]
+        c, s = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+        a, b = tl.split(x.to(tl.float32).reshape(x.shape[0], x.shape[1] // 2, 2))
+        return tl.join(a * c - b * s, a * s + b * c).reshape(x.shape[0], x.shape[1]).to(x.dtype)
+
+    @triton.jit(do_not_specialize=["T"])
+    def _rotate_kernel(k_rope, cos, sin, rotated, T, batch_stride, token_stride,
+                       R: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+        """rotated [B, T, R] = rope(k_rope). T x R is 2 MB at the paper's size: doing it once is cheaper than once per row tile."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        t, i, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, RP), tl.program_id(1).to(tl.int64)
+        inside = (t < T)[:, None] & (i < R)[None, :]
+        x = tl.load(k_rope + b * batch_stride + t[:, None].to(tl.int64) * token_stride + i[None, :], mask=inside, other=0.0)
+        tl.store(rotated + (b * T + t[:, None]) * R + i[None, :], _rotated(x, cos, sin, t, T, R), mask=inside)
+
+    # T and M vary from call to call; without this, Triton would compile again whenever their divisibility by 16 changes.
+    @triton.jit(do_not_specialize=["T", "M", "keys_per_split"])
+    def _attend_kernel(q_lat, q_rope, keys0, keys1, ropes, cos, sin, out, lse, scale2, T, M, keys_per_split,
+                       C: tl.constexpr, R: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, RP: tl.constexpr,
+                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ROTATE: tl.constexpr,
+                       SPLIT: tl.constexpr, PDL: tl.constexpr):
+        """Equations (1)-(7) for BLOCK_M rows against one split of the keys.
+
+        Tile sides are powers of two, and C = 192 is not: its channels are two blocks, C0 = 128 and C1 = 64 (C1 = 0: one block is enough).
+        Padding to 256 instead would cost a third more products. keys0, keys1, ropes are *tensor descriptors*: the GPU's copy engine (TMA)
+        fetches a box [1, BLOCK_N, width] in one instruction, and fills what lies outside the tensor with zeros (T and C need not divide).
+        """
+        row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        split, b, B = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+        i0, i1, ir = tl.arange(0, C0), C0 + tl.arange(0, C1 if C1 else 1), tl.arange(0, RP)
+        real = (row < M)[:, None]                                      # rows past M compute nonsense that is never stored
+        m = (b * M + row)[:, None].to(tl.int64)                        # q_lat [B, L, H, C] read as [B*M, C]
+        q0 = tl.load(q_lat + m * C + i0[None, :], mask=real, other=0.0)
+        qr = tl.load(q_rope + m * R + ir[None, :], mask=real & (ir < R)[None, :], other=0.0)
+        if C1:
+            q1 = tl.load(q_lat + m * C + i1[None, :], mask=real & (i1 < C)[None, :], other=0.0)
+            acc1 = tl.zeros([BLOCK_M, C1], tl.float32)
+        acc0 = tl.zeros([BLOCK_M, C0], tl.float32)
+        top, den = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()                      # the merge may be launched, and waits there
+            if not ROTATE:
+                tl.extra.cuda.gdc_wait()                               # the rotated keys are complete from here on
+
+        first = split * keys_per_split
+        for n in tl.range(first, tl.minimum(first + keys_per_split, T), BLOCK_N, num_stages=STAGES):
+            # Fetch. STAGES tiles are in flight at once, so the next tile arrives while this one is multiplied.
+            k0 = keys0.load([b, n, 0]).reshape(BLOCK_N, C0)
+            if C1:
+                k1 = keys1.load([b, n, C0]).reshape(BLOCK_N, C1)
+            kr = ropes.load([b, n, 0]).reshape(BLOCK_N, RP)
+            t = n + tl.arange(0, BLOCK_N)
+            if ROTATE:
+                kr = _rotated(kr, cos, sin, t, T, R)
+
+            # (1) The dots over channel blocks add into one score tile, new in every iteration. (On datacentre Blackwell, Triton up to 3.7
+            # miscompiles two dots into one accumulator that is *carried* from iteration to iteration; acc0 and acc1 get one dot each.)
+            s = tl.dot(q0, k0.T, input_precision="ieee")               # "ieee" concerns float32 inputs only: no silent TF32
+            if C1:
+                s = tl.dot(q1, k1.T, s, input_precision="ieee")
+            s = tl.dot(qr, kr.T, s, input_precision="ieee")
+            if n + BLOCK_N > T:                                        # only the last tile of all has keys that do not exist
+                s = tl.where((t < T)[None, :], s, -float("inf"))
+
+            new = tl.maximum(top, tl.max(s, 1) * scale2)               # (3)
+            p = tl.exp2(s * scale2 - new[:, None])                     # (4) one fused multiply-add, one 2^x
+            fix = tl.exp2(top - new)                                   # (5)
+            top, den = new, den * fix + tl.sum(p, 1)                   # (6) the sum takes p before it is rounded to the input's type
+            p = p.to(k0.dtype)
+            acc0 = tl.dot(p, k0, acc0 * fix[:, None], input_precision="ieee")            # (7) the same tile, now as value
+            if C1:
+                acc1 = tl.dot(p, k1, acc1 * fix[:, None], input_precision="ieee")
+
+        m = (split * B + b).to(tl.int64) * M + row                     # partial results are [S, B, M, C] and [S, B, M]
+        tl.store(out + m[:, None] * C + i0[None, :], (acc0 / den[:, None]).to(out.dtype.element_ty), mask=real)
+        if C1:
+            tl.store(out + m[:, None] * C + i1[None, :], (acc1 / den[:, None]).to(out.dtype.element_ty), mask=real & (i1 < C)[None, :])
+        if SPLIT:
+            tl.store(lse + m, top + tl.log2(den), mask=row < M)
+
+    @triton.jit(do_not_specialize=["M", "S"])
+    def _merge_kernel(parts, lse, out, M, S, C: tl.constexpr, SP: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr):
+        """Equation (8) for one row and BLOCK_C channels: all S parts are fetched at once as one tile, since latency is all it costs."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        row, i, b, B = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(2), tl.num_programs(2)
+        s = tl.arange(0, SP)
+        m = (s * B + b).to(tl.int64) * M + row
+        z = tl.load(lse + m, mask=s < S, other=-float("inf"))          # a split that does not exist has weight 2^-inf = 0
+        w = tl.exp2(z - tl.max(z, 0))
+        x = tl.load(parts + m[:, None] * C + i[None, :], mask=(s < S)[:, None] & (i < C)[None, :], other=0.0).to(tl.float32)
+        x = tl.sum(x * (w / tl.sum(w, 0))[:, None], 0)                 # (8)
+        tl.store(out + (b * M + row).to(tl.int64) * C + i, x.to(out.dtype.element_ty), mask=i < C)
+
+
+class Tile(NamedTuple):
+    """How the work is cut. Not a tuning table: few entries, each with its reason, each compiled offline by the tests."""
+    block_m: int                # rows (query token, head) per program
+    block_n: int                # keys per iteration
+    warps: int                  # 4 warps = one warpgroup, the unit that issues a Hopper matrix instruction for 64 rows
+    stages: int                 # key tiles in flight
+    resident: int               # programs that share one multiprocessor
+    rotate: bool = False        # rotate keys inside the attention kernel; otherwise once, in a kernel before it
+    pdl: bool = False           # programmatic dependent launch (sm_90 on): the next kernel starts while this one drains
+
+
+MAX_SPLITS = 128                # the merge holds one tile of that many parts
+
+
+def choose_tile(C: int, R: int, itemsize: int, capability: tuple[int, int]) -> Tile:
+    """The tile for these widths, element size and GPU generation. Held to its limits by test_fused.py::test_compiles_offline."""
+    if itemsize == 4:                              # float32 never uses tensor cores here (exactness), so small tiles or registers spill
+        return Tile(16, 16, warps=8, stages=1, resident=1)
+    if C > 192 or R > 32 or capability[0] not in (9, 10):
+        return Tile(64, 32, warps=4, stages=2, resident=2 if capability[0] == 9 else 1)
+    if capability[0] == 10:                        # 128 rows are the native height of Blackwell's matrix unit (tcgen05)
+        return Tile(128, 64, warps=8, stages=2, resident=1)
+    # Hopper: two small programs per multiprocessor instead of one of 128 rows. They do not wait for each other, so while one computes
+    # exponentials the other has the tensor cores. Three stages of 64 keys are the deepest of which two fit (115 kB of 228 kB each).
+    return Tile(64, 64, warps=4, stages=3, resident=2)
+
+
+def choose_splits(programs: int, tiles: int, slots: int) -> int:
+    """Into how many parts to cut `tiles` key tiles, when `programs` would run without cutting and the GPU runs `slots` at a time.
+
+    Time = waves of programs x (iterations of one program + OVERHEAD), in units of one iteration; take the smallest S that is best.
+    At the paper's size on 132 SMs, L = 64: 12 row tiles x 22 splits = 264 programs, exactly one wave of two per multiprocessor.
+    """
+    OVERHEAD = 4                                   # start, drain, writing and merging the part: about four iterations
+    cost = {S: math.ceil(programs * S / slots) * (math.ceil(tiles / S) + OVERHEAD) for S in range(1, min(tiles, MAX_SPLITS) + 1)}
+    return min(cost, key=lambda S: (cost[S], S))
+
+
+def _fetchable(x: Tensor) -> Tensor:
+    """x itself where the copy engine can read it (unit last stride, rows on 16 bytes), else a compact copy."""
+    steps = [s * x.element_size() for s in x.stride()[:-1]]
+    return x if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps) else \
+        x.clone(memory_format=torch.contiguous_format)
+
+
+def _launch(q_lat: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float,
+            tile: Tile | None = None, splits: int | None = None) -> Tensor:
+    """The host's side of the kernel; `tile` and `splits` are for tests and timing sweeps."""
+    (B, L, H, C), (T, R), M = q_lat.shape, k_rope.shape[1:], q_lat.shape[1] * q_lat.shape[2]
+    gpu = torch.cuda.get_device_properties(q_lat.device) if q_lat.is_cuda else None      # the interpreter has no GPU: play a small one
+    tile = tile or choose_tile(C, R, q_lat.element_size(), (gpu.major, gpu.minor) if gpu else (9, 0))
+    rows, tiles = math.ceil(M / tile.block_m), math.ceil(T / tile.block_n)
+    splits = splits or choose_splits(B * rows, tiles, (gpu.multi_processor_count if gpu else 4) * tile.resident)
+    tiles_per_split = math.ceil(tiles / splits)
+    S = math.ceil(tiles / tiles_per_split)                             # no split is empty: its denominator would be zero
+
+    C0 = 1 << (C.bit_length() - 1)                                     # the largest power of two in C, and a second block for the rest
+    C1 = triton.next_power_of_2(C - C0) if C > C0 else 0
+    RP = max(16, triton.next_power_of_2(R))                            # tensor cores take at least 16 channels
+    q_lat, q_rope, cos, sin = (x.contiguous() for x in (q_lat, q_rope, cos, sin))
+    c_kv, k_rope = _fetchable(c_kv), _fetchable(k_rope)
+    out = torch.empty_like(q_lat)
+    # Parts have the dtype of the input. Rounding them adds at most what rounding the output does, and halves the traffic of the merge.
+    parts = out if S == 1 else q_lat.new_empty(S, B, M, C)
+    lse = q_lat.new_empty(S, B, M, dtype=torch.float32)
+    with torch.cuda.device_of(q_lat):                                  # Triton launches on the current device
+        if not tile.rotate:
+            rotated = k_rope.new_empty(B, T, R)
+            _rotate_kernel[(math.ceil(T / 64), B)](k_rope, cos, sin, rotated, T, k_rope.stride(0), k_rope.stride(1),
+                                                   R=R, RP=RP, BLOCK=64, PDL=tile.pdl, num_warps=4)
+            k_rope = rotated
+        box = lambda x, width: TensorDescriptor.from_tensor(x, [1, tile.block_n, width])
+        # Row tiles are the fastest grid axis: programs that run together read the same keys, so global memory is read once, L2 often.
+        _attend_kernel[(rows, S, B)](
+            q_lat, q_rope, box(c_kv, C0), box(c_kv, C1 or C0), box(k_rope, RP), cos, sin, parts, lse, scale * math.log2(math.e),
+            T, M, tiles_per_split * tile.block_n, C=C, R=R, C0=C0, C1=C1, RP=RP, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            STAGES=tile.stages, ROTATE=tile.rotate, SPLIT=S > 1, PDL=tile.pdl, num_warps=tile.warps,
+            **({"launch_pdl": True} if tile.pdl and not tile.rotate else {}))
+        if S > 1:
+            _merge_kernel[(M, math.ceil(C / 64), B)](parts, lse, out, M, S, C=C, SP=triton.next_power_of_2(S), BLOCK_C=64, PDL=tile.pdl,
+                                                     num_warps=4, **({"launch_pdl": True} if tile.pdl else {}))
+    return out
+
+
+def _check(q_lat: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float) -> None:
+    """Refuse in one line what the kernel does not compute; called by the op and by its fake, so torch.compile refuses it while tracing."""
+    if q_lat.ndim != 4 or k_rope.ndim != 3:
+        raise ValueError(f"latent_attention takes q_lat [B, L, H, C], k_rope [B, T, R], not {[*q_lat.shape]}, {[*k_rope.shape]}")
+    (B, L, H, C), (_, T, R) = q_lat.shape, k_rope.shape
+    shapes = {"q_rope": (q_rope, (B, L, H, R)), "c_kv": (c_kv, (B, T, C)), "k_rope": (k_rope, (B, T, R)),
+              "cos": (cos, (T, R // 2)), "sin": (sin, (T, R // 2))}
+    for name, (x, shape) in shapes.items():
+        if tuple(x.shape) != shape:
+            raise ValueError(f"latent_attention: {name} must be {shape} to go with q_lat {(B, L, H, C)}, not {tuple(x.shape)}")
+        if x.device != q_lat.device:
+            raise ValueError(f"latent_attention: {name} is on {x.device} but q_lat on {q_lat.device}; put them on one device")
+    if C % 16 or not 16 <= C <= 256 or R % 8 or not 8 <= R <= 64 or T < 1:
+        raise ValueError(f"latent_attention: C a multiple of 16 up to 256, R a multiple of 8 up to 64, T >= 1; not C={C}, R={R}, T={T}")
+    dtypes = [x.dtype for x in (q_lat, q_rope, c_kv, k_rope)]
+    if len(set(dtypes)) > 1 or dtypes[0] not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"latent_attention: queries and cache must share one of bfloat16, float16, float32, not {dtypes}")
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32:
+        raise TypeError(f"latent_attention: cos and sin must be float32 (the rotation is done in it), not {cos.dtype}, {sin.dtype}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"latent_attention: scale must be positive and finite, not {scale}")
+
+
+@torch.library.custom_op("videomla::latent_attention", mutates_args=())
+def latent_attention(q_lat: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """Equations (1), (2): q_lat [B,L,H,C], rotated q_rope [B,L,H,R], c_kv [B,T,C], unrotated k_rope [B,T,R], cos, sin [T,R/2] -> [B,L,H,C].
+
+    Every key is attended to (no mask: this is the path of a full window). Inference only. Never runs anything but the Triton kernel: on
+    a CPU it needs TRITON_INTERPRET=1 from the start of the process (slow, for tests), and otherwise raises.
+    """
+    _check(q_lat, q_rope, c_kv, k_rope, cos, sin, scale)
+    if not HAS_TRITON:
+        raise RuntimeError("latent_attention needs Triton, which is not installed here; use route='materialised'")
+    interpreted = not isinstance(_attend_kernel, triton.JITFunction)
+    if not q_lat.is_cuda and not interpreted:
+        raise RuntimeError(f"latent_attention runs on a CUDA GPU, not on {q_lat.device.type}; use route='materialised'")
+    if interpreted and q_lat.dtype == torch.bfloat16:
+        raise TypeError("Triton's interpreter multiplies bfloat16 wrongly; give latent_attention float32 there")
+    return _launch(q_lat, q_rope, c_kv, k_rope, cos, sin, scale) if q_lat.numel() else torch.empty_like(q_lat)
+
+
+@latent_attention.register_fake
+def _(q_lat, q_rope, c_kv, k_rope, cos, sin, scale):
+    _check(q_lat, q_rope, c_kv, k_rope, cos, sin, scale)
+    return torch.empty_like(q_lat, memory_format=torch.contiguous_format)
+
+
+def _refuse_gradients(*_args, **_kwargs):
+    raise RuntimeError("latent_attention is inference only; wrap it in torch.no_grad(), or train with route='materialised'")
+
+
+latent_attention.register_autograd(_refuse_gradients, setup_context=_refuse_gradients)   # setup_context runs in the forward pass already
