@@ -14,6 +14,9 @@ imports it for the loss, so that sign and direction of time cannot disagree):
 
 import argparse
 import math
+import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -112,6 +115,8 @@ def read_checkpoint(path: Path, keys: set[str]) -> dict:
 
 def build_model(path: Path, config: dict, weights: dict) -> VideoDiT:
     """The model that a checkpoint describes, in evaluation mode; ValueError in one line if weights and config disagree."""
+    if not all(isinstance(part, dict) for part in (config, weights)) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} is not a checkpoint of this project: config and weights must be dictionaries of values and tensors")
     unknown = set(config) - set(asdict(Config()))
     if unknown:
         raise ValueError(f"{path} was written for another version: unknown settings {', '.join(sorted(unknown))}")
@@ -181,6 +186,18 @@ def evaluate(model: VideoDiT, captions: Tensor, frames: int, seed: int, **how) -
     return survival_report(video, captions)
 
 
+def provenance(device: torch.device) -> dict[str, str]:
+    """Where figures come from: command, commit, device, versions. Goes into every file of results/."""
+    commit = os.environ.get("COMMIT", "not in a git checkout")
+    if shutil.which("git"):
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip() or commit
+    name = torch.cuda.get_device_name(device).replace("NVIDIA ", "").replace(" HBM3", "") if device.type == "cuda" else \
+        f"{os.cpu_count()} CPU cores"
+    return {"command": " ".join(["python", *sys.argv]), "commit": commit,
+            "device": name, "versions": f"torch {torch.__version__}, numpy {np.__version__}, Python {sys.version.split()[0]}"}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Stream a video out of a trained model and write it to a GIF as it grows.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -225,12 +242,13 @@ def sample_from(args) -> None:
     model, about = load_model(args.checkpoint)
     model.to(device)
     how = dict(steps=args.steps, guidance=args.guidance, route=args.route)
+    data = about.get("data")
     if args.evaluate:
-        if about["data"] != "shapes":
-            raise ValueError(f"--evaluate needs a model of the shapes world, whose truth is known; this one saw {about['data']!r}")
+        if data != "shapes":
+            raise ValueError(f"--evaluate needs a model of the shapes world, whose truth is known; this one saw {data!r}")
         report_survival(model, args.evaluate, args.frames, args.seed, **how)
         return
-    prompts = args.prompt or list(PROMPTS if about["data"] == "shapes" else [""] * 4)
+    prompts = args.prompt or list(PROMPTS if data == "shapes" else [""] * 4)
     captions = torch.stack([encode_caption(prompt) for prompt in prompts])
     generator = torch.Generator().manual_seed(args.seed)
     path = Path(args.out) if args.out.endswith(".gif") else Path(args.out) / "sample.gif"
@@ -259,10 +277,14 @@ def cache_line(model: VideoDiT, batch: int) -> str:
             f"({100 * (1 - mine.nbytes / dense.nbytes):.1f} % less)")
 
 
+def unseen_captions(number: int, seed: int) -> Tensor:
+    """Captions [number, slots] of shapes clips that no training run with a seed below 10,000 draws."""
+    return make_world("shapes", seed=10_000 + seed).batch(range(number))[1]
+
+
 def report_survival(model: VideoDiT, rollouts: int, frames: int, seed: int, **how) -> dict[str, float]:
     """Print and return the exact metrics of `rollouts` videos with captions of unseen clips."""
-    captions = make_world("shapes", seed=10_000 + seed).batch(range(rollouts))[1]
-    report = evaluate(model, captions, frames, seed, **how)
+    report = evaluate(model, unseen_captions(rollouts, seed), frames, seed, **how)
     print(f"{rollouts} rollouts of {frames} frames ({frames / model.config.frames:.0f}x the training clip), last 12 frames: "
           + ", ".join(f"{name} {100 * value:.0f} %" for name, value in report.items()))
     return report

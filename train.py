@@ -1,17 +1,20 @@
 """Teach a tiny video model by teacher forcing: every chunk of a real clip is denoised given the clean chunks before it.
 
-    python train.py                                   the toy model on bouncing shapes; about 14 minutes on 2 CPU cores
-    python train.py --data digits --steps 300         real handwritten digits that move (needs scikit-learn)
-    python train.py --data my_clips.npy               your own clips
-    python train.py --attention dense --out out-dense the baseline: the same model with standard attention
-    python train.py --resume --steps 4000             go on from out/train.pt up to 4000 steps in all
+    python train.py                                    the toy model on bouncing shapes: minutes, on a CPU too
+    python train.py --data digits --out out/digits     real handwritten digits that move (needs scikit-learn)
+    python train.py --data clips.npy --out out/mine    your own clips
+    python train.py --attention dense --out out/dense  the baseline: the same model with standard attention
+    python train.py --resume --steps 4000              go on from out/train.pt up to 4000 steps in all
 
-Writes to --out: train.pt (everything needed to go on), model.pt (weights for sample.py), loss.png, sample.gif.
+Writes to --out: train.pt (all that is needed to go on), model.pt (weights for sample.py), loss.png, sample.gif and report.json (the
+figures it prints, with command, commit, device and versions).
 """
 
 import argparse
 import copy
+import json
 import math
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -20,10 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mla_video import PRESETS, VideoDiT
-from sample import (GifWriter, PROMPTS, add_noise, build_model, cache_line, pick_device, read_checkpoint, report_survival, rollout,
-                    run, save_model, shift, to_pixels, write_atomically)
-from toy_data import WORDS, encode_caption, make_world
+from mla_video import PRESETS, Config, VideoDiT
+from sample import (PROMPTS, GifWriter, add_noise, cache_line, evaluate, pick_device, provenance, read_checkpoint, report_survival,
+                    rollout, run, save_model, shift, to_pixels, unseen_captions, write_atomically)
+from toy_data import CAPTION_SLOTS, WORDS, encode_caption, make_world
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Recipe:
     """How to train. Muon (momentum whose update is made orthogonal: every direction of a matrix learns at the same pace)
     for the matrices of the blocks, AdamW for everything else."""
 
-    steps: int = 1500
-    batch: int = 32
+    steps: int = 2000
+    batch: int = 16
     lr_muon: float = 3e-3
     lr_adamw: float = 1.5e-3
     warmup: int = 50
@@ -81,7 +84,7 @@ class Trainer:
             torch.optim.Muon(matrices, lr=recipe.lr_muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=recipe.lr_adamw, betas=(0.9, 0.95), weight_decay=0.0)]
         self.peaks = [recipe.lr_muon, recipe.lr_adamw]
-        self.step, self.losses = 0, []
+        self.step, self.losses, self.seconds = 0, [], 0.0
 
     def rate(self) -> float:
         """Warm-up, then a cosine down to `final`: the share of the peak rate at this step."""
@@ -115,7 +118,7 @@ class Trainer:
 
     def state(self) -> dict:
         """All that `--resume` needs, as tensors and plain values."""
-        return {"config": asdict(self.model.config), "recipe": asdict(self.recipe), "data": self.world.name, "step": self.step,
+        return {"config": asdict(self.model.config), "recipe": asdict(self.recipe), "data": self.world.name, "step": self.step, "seconds": self.seconds,
                 "model": self.model.state_dict(), "ema": self.ema.state_dict(), "losses": self.losses,
                 "optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
 
@@ -124,16 +127,19 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"]):
             optimiser.load_state_dict(saved)
-        self.step, self.losses = state["step"], list(state["losses"])
+        self.step, self.losses, self.seconds = state["step"], list(state["losses"]), state["seconds"]
 
 
-def train(trainer: Trainer, out: Path, save_every: int = 250) -> None:
-    """Run up to recipe.steps in all. Saves every `save_every` steps, at the end, and on Ctrl-C."""
-    steps = trainer.recipe.steps
+def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int = 250) -> list[dict]:
+    """Run up to recipe.steps in all. Saves every `save_every` steps, at the end, and on Ctrl-C. With `curve`, judges 64 rollouts
+    every so many steps and returns what it found; trainer.seconds counts training alone."""
+    steps, found = trainer.recipe.steps, []
     bar = tqdm(total=steps, initial=trainer.step, desc="training", dynamic_ncols=True)
+    start = time.perf_counter() - trainer.seconds
     try:
         while trainer.step < steps:
             loss = trainer.update(*trainer.batch(trainer.step))
+            trainer.seconds = time.perf_counter() - start
             bar.update()
             if trainer.step % 10 == 0:                     # reading the loss waits for the GPU: not every step
                 trainer.losses.append((trainer.step, loss.item()))
@@ -143,12 +149,18 @@ def train(trainer: Trainer, out: Path, save_every: int = 250) -> None:
                 bar.set_postfix(loss=f"{mean([value for _, value in trainer.losses[-10:]]):.4f}")
             if trainer.step % save_every == 0 or trainer.step == steps:
                 write_atomically(out / "train.pt", trainer.state())
+            if curve and trainer.step % curve == 0:
+                report = evaluate(trainer.ema, unseen_captions(64, trainer.recipe.seed), 120, trainer.recipe.seed)
+                found.append({"step": trainer.step, "seconds": round(trainer.seconds, 1), **report})
+                tqdm.write(f"step {trainer.step}, {trainer.seconds:.0f} s: survival {100 * report['survival']:.0f} %")
+                start = time.perf_counter() - trainer.seconds
     except KeyboardInterrupt:
         write_atomically(out / "train.pt", trainer.state())
         finish(trainer, out)
         raise
     finally:
         bar.close()
+    return found
 
 
 def finish(trainer: Trainer, out: Path) -> None:
@@ -189,61 +201,93 @@ def loss_by_noise(trainer: Trainer, bins: int = 5) -> list[tuple[float, float, f
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a causal video diffusion transformer by teacher forcing on small clips.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--stage", default="tf", choices=("tf",), help="what to train")
+    parser.add_argument("--stage", default="tf", choices=("tf",), help="what to train: tf = teacher forcing")
     parser.add_argument("--attention", default="mla", choices=("mla", "dense"))
     parser.add_argument("--data", default="shapes", help="shapes, digits, occluder, or a .npy, .npz, .gif or video file")
-    parser.add_argument("--preset", default="toy", choices=("toy", "small"), help="size of the model")
+    parser.add_argument("--preset", default="toy", choices=tuple(PRESETS), help="size of the model")
+    parser.add_argument("--config", action="append", default=[], metavar="NAME=N", help="another size, e.g. window=6; may be repeated")
     parser.add_argument("--steps", type=int, help="steps in all (default: 2000 on a CPU, 2500 on a GPU)")
     parser.add_argument("--batch", type=int, help="clips per step (default: 16 on a CPU, 32 on a GPU)")
-    parser.add_argument("--out", default="out", help="folder for checkpoint, weights, loss picture and sample")
+    parser.add_argument("--out", default="out", help="folder for everything that is written")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, up to --steps in all")
-    parser.add_argument("--evaluate", type=int, default=64, metavar="N", help="rollouts to judge at the end (0: none)")
+    parser.add_argument("--evaluate", type=int, default=64, metavar="N", help="rollouts to judge at the end; 0: none")
+    parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="judge 64 rollouts every so many steps, too; 0: never")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run(train_from, parser.parse_args(argv))
 
 
+def make_config(args) -> Config:
+    """The preset with --attention and every --config NAME=N applied; ValueError in one line for what cannot be."""
+    sizes = {name: value for name, value in asdict(PRESETS[args.preset]).items() if isinstance(value, int) and name != "words"}
+    chosen = {}
+    for item in args.config:
+        name, _, value = item.partition("=")
+        if name not in sizes or not value.lstrip("-").isdigit():
+            raise ValueError(f"--config takes NAME=N with one of {', '.join(sizes)}; got {item!r}")
+        chosen[name] = int(value)
+    config = replace(PRESETS[args.preset], attention=args.attention, words=len(WORDS), slots=CAPTION_SLOTS, **chosen)
+    if config.height != config.width or config.channels != 3:
+        raise ValueError(f"the data makes square RGB frames; the config wants {config.channels} x {config.height} x {config.width}")
+    return config
+
+
 def train_from(args) -> None:
     device, out = pick_device(args.device), Path(args.out)
-    on_gpu = device.type != "cpu"
-    args.steps = (2500 if on_gpu else 2000) if args.steps is None else args.steps
-    args.batch = (32 if on_gpu else 16) if args.batch is None else args.batch
-    for name, low in (("steps", 1), ("batch", 1), ("evaluate", 0), ("seed", 0)):
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name} must be at least {low}, got {getattr(args, name)}")
-    config = replace(PRESETS[args.preset], attention=args.attention, words=len(WORDS))
-    recipe = Recipe(steps=args.steps, batch=args.batch, seed=args.seed)
+    steps, batch = (2000, 16) if device.type == "cpu" else (2500, 32)
+    recipe = Recipe(steps=steps if args.steps is None else args.steps, batch=batch if args.batch is None else args.batch, seed=args.seed)
+    for name, value, low in (("steps", recipe.steps, 1), ("batch", recipe.batch, 1), ("evaluate", args.evaluate, 0),
+                             ("curve", args.curve, 0), ("seed", args.seed, 0)):
+        if value < low:
+            raise ValueError(f"--{name} must be at least {low}, got {value}")
+    config = make_config(args)
     world = make_world(args.data, frames=config.frames, size=config.height, seed=args.seed)
-    state = None
-    if args.resume:
-        state = read_checkpoint(out / "train.pt", {"config", "recipe", "data", "step", "model", "ema", "losses", "optimisers"})
-        for what, here, there in (("config", asdict(config), state["config"]), ("data", world.name, state["data"]),
-                                  ("batch", recipe.batch, state["recipe"]["batch"]), ("seed", recipe.seed, state["recipe"]["seed"])):
-            if here != there:
-                raise ValueError(f"cannot resume: {out / 'train.pt'} was trained with another {what} ({there}), not {here}")
-    elif (out / "train.pt").exists():
+    if args.curve and world.name != "shapes":
+        raise ValueError(f"--curve judges rollouts in the shapes world, whose truth is known; not in {world.name}")
+    state = load_state(out / "train.pt", config, recipe, world) if args.resume else None
+    if not args.resume and (out / "train.pt").exists():
         raise ValueError(f"{out / 'train.pt'} exists: go on from it with --resume, or choose another folder with --out")
-    # Products of float32 matrices may use the fast units: TF32 on a GPU, oneDNN (on AMD CPUs severalfold over MKL) on a CPU.
+    # Products of float32 matrices may use the fast units: TF32 on a GPU, oneDNN (on AMD severalfold faster than MKL) on a CPU.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed)                           # initial weights; everything later depends on (seed, step)
     trainer = Trainer(VideoDiT(config), recipe, world, device)
     if state:
         trainer.restore(state)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{args.attention} {args.preset}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters, {world.name} "
-          f"{world.reads}, {args.batch} clips of {config.frames} frames a step, {device.type}")
+    print(f"{args.attention} {args.preset}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters; {recipe.batch} clips of "
+          f"{config.frames} frames a step from {world.name}; {device.type}")
+    if world.reads:
+        print(f"data         {world.reads}")
     print(cache_line(trainer.model, 1))
-    train(trainer, out)
+    curve = train(trainer, out, args.curve)
     finish(trainer, out)
-    draw_losses(trainer.losses, out / "loss.png") if trainer.losses else None
-    print("loss by noise level: " + ", ".join(f"{a:.1f}-{b:.1f}: {loss:.4f}" for a, b, loss in loss_by_noise(trainer)))
-    prompts = PROMPTS if world.name == "shapes" else [""] * 4
+    if trainer.losses:
+        draw_losses(trainer.losses, out / "loss.png")
+    noise = loss_by_noise(trainer)
+    print("loss by noise level: " + ", ".join(f"{a:.1f}-{b:.1f}: {loss:.4f}" for a, b, loss in noise))
+    prompts = PROMPTS if world.name == "shapes" else ("",) * 4
+    captions = torch.stack([encode_caption(prompt) for prompt in prompts])
     gif = GifWriter(out / "sample.gif")
-    for chunk in rollout(trainer.ema, torch.stack([encode_caption(p) for p in prompts]), 120, generator=torch.Generator().manual_seed(0)):
+    for chunk in rollout(trainer.ema, captions, 10 * config.frames, generator=torch.Generator().manual_seed(args.seed)):
         gif.append(to_pixels(chunk))
-    if args.evaluate and world.name == "shapes":
-        report_survival(trainer.ema, args.evaluate, 120, args.seed)
-    print(f"wrote {out}/train.pt, model.pt, loss.png, sample.gif; next: python sample.py --checkpoint {out}/model.pt --frames 480")
+    judged = report_survival(trainer.ema, args.evaluate, 10 * config.frames, args.seed) if args.evaluate and world.name == "shapes" else None
+    report = {**provenance(device), "attention": args.attention, "steps": trainer.step, "batch": recipe.batch, "seed": args.seed,
+              "training_seconds": round(trainer.seconds, 1), "loss_by_noise": noise, "rollouts": args.evaluate, "survival": judged, "curve": curve}
+    (out / "report.json").write_text(json.dumps(report, indent=1))
+    print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; wrote {', '.join(sorted(path.name for path in out.iterdir()))} "
+          f"to {out}\nnext: python sample.py --checkpoint {out / 'model.pt'} --frames 480 --out {out / 'long.gif'}")
+
+
+def load_state(path: Path, config: Config, recipe: Recipe, world) -> dict:
+    """The training state at `path`, if it is a run of this config, data, batch and seed; ValueError in one line otherwise."""
+    state = read_checkpoint(path, {"config", "recipe", "data", "step", "seconds", "model", "ema", "losses", "optimisers"})
+    for what, mine, theirs in (("config", asdict(config), state["config"]), ("data", world.name, state["data"]),
+                               ("batch", recipe.batch, state["recipe"]["batch"]), ("seed", recipe.seed, state["recipe"]["seed"])):
+        if mine != theirs:
+            if isinstance(mine, dict):                     # name the settings that differ, not all of them
+                mine, theirs = ({key: d[key] for key in mine if mine[key] != theirs.get(key) and key in d} for d in (mine, theirs))
+            raise ValueError(f"cannot resume {path}: it was trained with {what} {theirs}, and you ask for {mine}")
+    return state
 
 
 if __name__ == "__main__":
