@@ -132,6 +132,7 @@ def choose_route(L: int, T: int, H: int, N: int, R: int, V: int, C: int) -> str:
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A projection [..., inputs] -> [..., outputs] with no bias: every projection of attention is a plain matrix here."""
     return nn.Linear(inputs, outputs, bias=False)
 
 

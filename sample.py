@@ -199,6 +199,7 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line; `argv` None takes the process' own. Exits with code 2 and one line on input it cannot use."""
     parser = argparse.ArgumentParser(description="Stream a video out of a trained model and write it to a GIF as it grows.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "checkpoints/toy.pt"), help="a file written by train.py")
@@ -235,6 +236,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def sample_from(args) -> None:
+    """Check the flags, load, stream, write, report. ValueError in one line for what the user can mend."""
     for name, low in (("frames", 0), ("steps", 1), ("evaluate", 0), ("seed", 0)):
         if getattr(args, name) < low:
             raise ValueError(f"--{name} must be at least {low}, got {getattr(args, name)}")
@@ -269,12 +271,14 @@ def sample_from(args) -> None:
 
 
 def cache_line(model: VideoDiT, batch: int) -> str:
-    """Bytes of this model's cache against those of its dense twin, both read from allocated buffers."""
+    """Bytes of this model's cache, and of its dense twin's if it is not dense itself, both read from allocated buffers."""
     mine = model.make_cache(batch)
-    twin = VideoDiT(replace(model.config, attention="dense")) if model.config.attention == "mla" else model
-    dense = twin.make_cache(batch, device="meta", dtype=mine.buffers[0].dtype)
-    return (f"cache        {mine.nbytes:,} bytes for {batch} videos; dense attention keeps {dense.nbytes:,} "
-            f"({100 * (1 - mine.nbytes / dense.nbytes):.1f} % less)")
+    line = f"cache        {mine.nbytes:,} bytes for {batch} video{'s' * (batch > 1)}, however long"
+    if model.config.attention == "dense":
+        return line
+    with torch.device("meta"):
+        dense = VideoDiT(replace(model.config, attention="dense")).make_cache(batch, mine.buffers[0].dtype)
+    return line + f"; dense attention keeps {dense.nbytes:,} ({100 * (1 - mine.nbytes / dense.nbytes):.1f} % less)"
 
 
 def unseen_captions(number: int, seed: int) -> Tensor:

@@ -199,6 +199,7 @@ def loss_by_noise(trainer: Trainer, bins: int = 5) -> list[tuple[float, float, f
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line; `argv` None takes the process' own. Exits with code 2 and one line on input it cannot use."""
     parser = argparse.ArgumentParser(description="Train a causal video diffusion transformer by teacher forcing on small clips.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--stage", default="tf", choices=("tf",), help="what to train: tf = teacher forcing")
@@ -233,6 +234,7 @@ def make_config(args) -> Config:
 
 
 def train_from(args) -> None:
+    """Everything is checked before anything is written. ValueError in one line for what the user can mend."""
     device, out = pick_device(args.device), Path(args.out)
     steps, batch = (2000, 16) if device.type == "cpu" else (2500, 32)
     recipe = Recipe(steps=steps if args.steps is None else args.steps, batch=batch if args.batch is None else args.batch, seed=args.seed)

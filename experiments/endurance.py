@@ -23,12 +23,13 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default="checkpoints/toy.pt")
     parser.add_argument("--frames", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=4, help="Euler steps a chunk")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     model, _ = load_model(args.checkpoint)
     full = model.config.window // model.config.chunk       # chunks until the window is full
     times, peak_then, start = [], 0, perf_counter()
-    for i, _ in enumerate(rollout(model, encode_caption("fast red disc")[None], args.frames)):
+    for i, _ in enumerate(rollout(model, encode_caption("fast red disc")[None], args.frames, steps=args.steps)):
         times.append(perf_counter() - start)
         if i == full + 100:
             peak_then = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

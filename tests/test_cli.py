@@ -7,13 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import sample
 import train
+from experiments import endurance
 from mla_video import PRESETS, Config, VideoDiT
 from sample import GifWriter, save_model, to_pixels
 from toy_data import WORDS
@@ -185,6 +185,11 @@ def test_importing_does_nothing():
             "assert before == (torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.random.get_rng_state().sum())")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr
+
+
+def test_a_long_rollout_does_not_grow(capsys, model_file):
+    report = endurance.main([f"--checkpoint={model_file}", "--frames=330", "--steps=1"])
+    assert report["chunks"] == 110 and report["peak_memory_growth_kib"] < 4096, "streaming on, with the window full, cost memory"
 
 
 @pytest.mark.parametrize("changes, word", [
