@@ -175,7 +175,7 @@ def attend_fused(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, sca
         turns = (x.split(videos) for x in (q_nope, q_rope, c_kv, k_rope))
         return torch.cat([attend_fused(*turn, W_UK, W_UV, q_table, k_table, scale, None, cut) for turn in zip(*turns)])
     if cut is None:
-        cut = fused.plan(B, L, T, H, N, R, V, C, fused.gpu_constants(q_nope.device.index) if q_nope.is_cuda else None)
+        cut = fused.plan_on(q_nope.device.index, B, L, T, H, N, R, V, C) if q_nope.is_cuda else 0
     eager = q_nope.is_cuda and not torch.compiler.is_compiling()
     q_rope = (_compiled(rotate) if eager else rotate)(q_rope, q_table)
     out = []
@@ -229,6 +229,12 @@ def choose_route(L: int, T: int, H: int, N: int, R: int, V: int, C: int, *, B: i
         names = ("reference", "materialised", "absorbed") + (("fused",) if fusable else ())
         return min(names, key=lambda route: route_seconds(route, B, L, T, H, N, R, V, C, gpu))
     return "fused" if fusable else min(("materialised", "absorbed"), key=lambda route: route_flops(route, L, T, H, N, R, V, C))
+
+
+@torch.compiler.assume_constant_result
+def _choose_on(index: int | None, fusable: bool, B: int, *sizes: int) -> str:
+    """`choose_route` for CUDA device `index`; for torch.compile a constant, as fused.plan_on."""
+    return choose_route(*sizes, B=B, gpu=fused.gpu_constants(index), fusable=fusable)
 
 
 # ---- The two layers -------------------------------------------------------------------------------------------------
@@ -307,8 +313,8 @@ class MLA(nn.Module):
         if x.device.type != "cuda":                        # where it is interpreted, fused runs when asked for, not by itself
             return choose_route(L, T, H, N, R, V, C)
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.W_UK.weight.requires_grad)
-        return choose_route(L, T, H, N, R, V, C, B=B, gpu=fused.gpu_constants(x.device.index),
-                            fusable=not why_not_fused(x.device, x.dtype, N, R, V, C, mask, needs_grad))
+        fusable = why_not_fused(x.device, x.dtype, N, R, V, C, mask, needs_grad) is None
+        return _choose_on(x.device.index, fusable, B, L, T, H, N, R, V, C)
 
     @classmethod
     @torch.no_grad()

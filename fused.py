@@ -315,7 +315,6 @@ class Gpu(NamedTuple):
 GPUS = {(9, 0): Gpu()}          # H100 80GB HBM3, torch 2.11, cuDNN 9.19: the sweep of `python -m experiments.bench --only attention`
 
 
-@torch.compiler.assume_constant_result
 def gpu_constants(index: int | None) -> Gpu | None:
     """The table's entry for CUDA device `index`, with its own count of SMs; None for a GPU that was never measured."""
     gpu = torch.cuda.get_device_properties(index)
@@ -340,7 +339,6 @@ def form_seconds(cut: int, B: int, L: int, T: int, H: int, N: int, R: int, V: in
     return seconds
 
 
-@torch.compiler.assume_constant_result
 def plan(B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: Gpu | None) -> int:
     """How many of L query tokens go to cuDNN: none, all, or as many as fill whole waves of SMs; the rest go to the kernel.
 
@@ -350,3 +348,9 @@ def plan(B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: Gp
         return L if 2 * C > N + V and L > C * (N + V) / (2 * C - N - V) else 0
     waves = {gpu.rows * (wave * gpu.sms // (B * H)) for wave in range(1, math.ceil(B * H * L / gpu.rows / gpu.sms) + 1)}
     return min(sorted({0, L} | {cut for cut in waves if cut < L}), key=lambda cut: form_seconds(cut, B, L, T, H, N, R, V, C, gpu))
+
+
+@torch.compiler.assume_constant_result
+def plan_on(index: int | None, *sizes: int) -> int:
+    """`plan` for CUDA device `index`. torch.compile takes the answer as a constant: it asks while tracing, and looks no further into it."""
+    return plan(*sizes, gpu_constants(index))
