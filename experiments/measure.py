@@ -1,4 +1,5 @@
 """What every section of experiments/bench.py uses: the clock, the device's own ceilings, models and full windows of noise, tables, JSON."""
+import gc
 import json
 import statistics
 import sys
@@ -41,7 +42,7 @@ class Measure:
 
     def __init__(self, args):
         self.args, self.gpu = args, torch.cuda.is_available() and not args.cpu
-        self.quick = args.quick or not self.gpu
+        self.start, self.quick = time.perf_counter(), args.quick or not self.gpu
         self.device, self.dtype = ("cuda", torch.bfloat16) if self.gpu else ("cpu", torch.float32)
         small = replace(PRESETS["toy"], layers=2, frames=12, window=12)
         self.config = small if self.quick else PRESETS["wan1.3b"]
@@ -82,13 +83,19 @@ class Measure:
         times.sort()
         return dict(ms=statistics.median(times), low=times[len(times) // 10], high=times[-1 - len(times) // 10], warmup_s=warm)
 
-    def attempt(self, work) -> dict:
-        """The result of `work`, or one line saying why there is none."""
+    def attempt(self, work, forget=False) -> dict:
+        """The result of `work`, or one line saying why there is none (the budget's end among the reasons). `forget`: what it compiled
+        goes too, and with it the models and windows that compiled code keeps alive."""
         try:
+            if time.perf_counter() - self.start > self.args.budget:
+                raise TimeoutError(f"not run: the budget of {self.args.budget:.0f} s is spent")
             return work()
         except Exception as error:                         # any contender may fail in its own way; the table goes on and says so
             return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"}
         finally:
+            if forget:
+                torch._dynamo.reset()
+                gc.collect()
             if self.gpu:
                 torch.cuda.empty_cache()
 
