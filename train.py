@@ -255,6 +255,7 @@ def train_from(args) -> None:
     trainer = Trainer(VideoDiT(config), recipe, world, device)
     if state:
         trainer.restore(state)
+    origin = provenance(device)                            # now: a long run must name the commit it started from
     out.mkdir(parents=True, exist_ok=True)
     print(f"{args.attention} {args.preset}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters; {recipe.batch} clips of "
           f"{config.frames} frames a step from {world.name}; {device.type}")
@@ -273,7 +274,7 @@ def train_from(args) -> None:
     for chunk in rollout(trainer.ema, captions, 10 * config.frames, generator=torch.Generator().manual_seed(args.seed)):
         gif.append(to_pixels(chunk))
     judged = report_survival(trainer.ema, args.evaluate, 10 * config.frames, args.seed) if args.evaluate and world.name == "shapes" else None
-    report = {**provenance(device), "attention": args.attention, "steps": trainer.step, "batch": recipe.batch, "seed": args.seed,
+    report = {**origin, "attention": args.attention, "steps": trainer.step, "batch": recipe.batch, "seed": args.seed,
               "training_seconds": round(trainer.seconds, 1), "loss_by_noise": noise, "rollouts": args.evaluate, "survival": judged, "curve": curve}
     (out / "report.json").write_text(json.dumps(report, indent=1))
     print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; wrote {', '.join(sorted(path.name for path in out.iterdir()))} "
