@@ -94,7 +94,7 @@ class RollingCache:
         device = self.buffers[0].device
         # A chunk may be longer than the ring (released: chunk 3, ring 2): its own oldest frames are evicted at once.
         sink = torch.arange(self.seen, max(self.seen, min(self.sink, now)), device=device)
-        ring = torch.arange(max(self.seen, self.sink, now - self.ring), now, device=device)
+        ring = torch.arange(min(now, max(self.seen, self.sink, now - self.ring)), now, device=device)
         slots = torch.cat((sink, self.sink + (ring - self.sink) % max(self.ring, 1)))
         source = torch.cat((sink, ring)) - self.seen                                   # which frames of the chunk stay
         buffers = []
