@@ -228,7 +228,9 @@ def choose_route(L: int, T: int, H: int, N: int, R: int, V: int, C: int, *, B: i
     if gpu is not None:
         names = ("reference", "materialised", "absorbed") + (("fused",) if fusable else ())
         return min(names, key=lambda route: route_seconds(route, B, L, T, H, N, R, V, C, gpu))
-    return "fused" if fusable else min(("materialised", "absorbed"), key=lambda route: route_flops(route, L, T, H, N, R, V, C))
+    if fusable:
+        return "fused"
+    return min(("materialised", "absorbed"), key=lambda route: route_flops(route, L, T, H, N, R, V, C))
 
 
 @torch.compiler.assume_constant_result
@@ -311,7 +313,7 @@ class MLA(nn.Module):
         B, L, H, (C, R) = *x.shape[:2], self.heads, self.widths
         N, V = self.W_UK.out_features // H, self.W_UV.out_features // H
         if x.device.type != "cuda":                        # where it is interpreted, fused runs when asked for, not by itself
-            return choose_route(L, T, H, N, R, V, C)
+            return choose_route(x.shape[1], T, H, N, R, V, C)
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.W_UK.weight.requires_grad)
         fusable = why_not_fused(x.device, x.dtype, N, R, V, C, mask, needs_grad) is None
         return _choose_on(x.device.index, fusable, B, L, T, H, N, R, V, C)

@@ -68,10 +68,13 @@ class RollingCache:
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Times to rotate by: of the filled slots [filled], and of the chunk being made [chunk]. All < horizon."""
-        base = min(self.seen, self.horizon - self.chunk)
-        frames = self.frames()
+        base, frames = self._base(), self.frames()
         past = torch.where(frames < self.sink, frames, frames - (self.seen - base))
         return past, base + torch.arange(self.chunk, device=past.device)
+
+    def _base(self):
+        """Where the chunk stands."""
+        return min(self.seen, self.horizon - self.chunk)
 
     # ---- the two verbs ------------------------------------------------------------------------------------------
 
@@ -145,10 +148,8 @@ class FullWindow(RollingCache):
     def filled(self) -> int:
         return self.slots
 
-    def positions(self) -> tuple[Tensor, Tensor]:
-        base, frames = self.seen.clamp(max=self.horizon - self.chunk), self.frames()
-        past = torch.where(frames < self.sink, frames, frames - (self.seen - base))
-        return past, base + torch.arange(self.chunk, device=past.device)
+    def _base(self) -> Tensor:
+        return self.seen.clamp(max=self.horizon - self.chunk)
 
     def peek(self, layer: int, rows: Rows) -> Rows:
         for buffer, new in zip(self.rows[layer], rows):

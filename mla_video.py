@@ -227,17 +227,17 @@ class VideoDiT(nn.Module):
 
     def denoise(self, x: Tensor, sigma: Tensor, caption: Tensor, cache: RollingCache, route: str = "auto") -> Tensor:
         """v of one chunk [B, chunk, ...] given the committed past. The cache is only looked at."""
-        return self._cached(x, sigma, caption, cache, route, keep=False)[0]
+        return self._cached(x, sigma, caption, cache, route)[0]
 
     def commit(self, x: Tensor, caption: Tensor, cache: RollingCache, route: str = "auto", detach: bool = True) -> None:
         """Run a finished chunk once at sigma = 0 and store its rows. (The rows of the last denoising pass will not
         do: they describe a noisy input, and training only ever reads rows of clean ones.)"""
-        rows = self._cached(x, x.new_zeros(x.shape[:2]), caption, cache, route)[1]
+        rows = self._cached(x, x.new_zeros(x.shape[:2]), caption, cache, route, keep=True)[1]
         cache.commit(rows, detach)
 
     # ---- the one way it is computed ---------------------------------------------------------------------------------
 
-    def _cached(self, x, sigma, caption, cache, route, keep=True):
+    def _cached(self, x, sigma, caption, cache, route, keep=False):
         past, own = cache.positions()
         return self._run(x, sigma, caption, own, torch.cat((past, own)), route, cache=cache, keep=keep)
 

@@ -116,27 +116,33 @@ def rollout(model: VideoDiT, caption: Tensor, frames: int, *, steps: int = 12, g
     """
     c, device = model.config, model.embed.weight.device
     sigmas = [shift(1 - i / steps) for i in range(steps + 1)]                          # 1 ... 0
-    # One (model, caption, cache) for each velocity that guidance needs.
-    caption = caption.to(device)
-    runs = [(model, text, model.make_cache(len(caption))) for text in (caption, torch.zeros_like(caption))[:1 + (guidance != 1)]]
+    caption, none = caption.to(device), torch.zeros_like(caption, device=device)
+    memory = model.make_cache(len(caption))
+    memory_none = model.make_cache(len(caption)) if guidance != 1 else None
+    dtype, model_none, eager = model.embed.weight.dtype, model, True
     for _ in iter(int, 1) if frames == 0 else range(math.ceil(frames / c.chunk)):      # iter(int, 1) never ends
-        if compile and runs[0][0] is model and runs[0][2].filled == runs[0][2].slots:
-            say(f"compiling   the window is full after {runs[0][2].seen} frames: one graph per pass from here on")
-            backend = compile if isinstance(compile, str) else "inductor"
-            fast = [CompiledChunk(model, cache, text, route, backend) for _, text, cache in runs]
-            runs = [(quick, text, quick.window) for quick, (_, text, _) in zip(fast, runs)]
-            say(f"compiled    in {sum(quick.seconds for quick in fast):.0f} s" + ", captured as a CUDA graph" * (device.type == "cuda"))
+        if compile and eager and memory.filled == memory.slots:
+            say(f"compiling   the window is full after {memory.seen} frames: one graph per pass from here on")
+            eager, start, backend = False, time.perf_counter(), compile if isinstance(compile, str) else "inductor"
+            if guidance != 1:
+                model_none = CompiledChunk(model, memory_none, none, route, backend)
+                memory_none = model_none.window
+            model = CompiledChunk(model, memory, caption, route, backend)
+            memory = model.window
+            say(f"compiled    in {time.perf_counter() - start:.0f} s" + ", captured as a CUDA graph" * (device.type == "cuda"))
         shape = len(caption), c.chunk, c.channels, c.height, c.width
         home = generator.device if generator is not None else device
-        x = torch.randn(shape, generator=generator, device=home).to(device, model.embed.weight.dtype)
+        x = torch.randn(shape, generator=generator, device=home).to(device, dtype)
         for now, then in zip(sigmas, sigmas[1:]):
             sigma = x.new_full(shape[:2], now)
-            v, *free = (which.denoise(x, sigma, text, cache, route) for which, text, cache in runs)
-            if free:
-                v = free[0] + guidance * (v - free[0])
+            v = model.denoise(x, sigma, caption, memory, route)
+            if guidance != 1:
+                v_none = model_none.denoise(x, sigma, none, memory_none, route)
+                v = v_none + guidance * (v - v_none)
             x = x - (now - then) * v                                                                          # (F3)
-        for which, text, cache in runs:
-            which.commit(x, text, cache, route)
+        model.commit(x, caption, memory, route)
+        if guidance != 1:
+            model_none.commit(x, none, memory_none, route)
         yield x
 
 
