@@ -74,7 +74,8 @@ class RollingCache:
 
     def _base(self):
         """Where the chunk stands."""
-        return min(self.seen, self.horizon - self.chunk)
+        base = min(self.seen, self.horizon - self.chunk)
+        return base
 
     # ---- the two verbs ------------------------------------------------------------------------------------------
 
