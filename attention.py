@@ -38,6 +38,7 @@ L = 4680 tokens: there absorption costs 1.57x the operations, and what it buys i
 tests/test_routes.py: the routes agree, in outputs and gradients; (11)-(13) equal torch's own count exactly.
 """
 
+import functools
 import math
 from dataclasses import replace
 
@@ -45,7 +46,9 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fused
 from rope3d import Rope3D, axis_pairs, rotate
 
 Table = tuple[Tensor, Tensor]                              # (cos, sin), each [tokens, R/2]
@@ -106,7 +109,89 @@ def attend_absorbed(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, 
     return einsum(latent, W_UV, "b l h c, h v c -> b l h v")                                                  # (10)
 
 
-ROUTES = {"reference": attend_reference, "materialised": attend_materialised, "absorbed": attend_absorbed}
+@torch.compiler.assume_constant_result
+def _generation(index: int | None) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
+def why_not_fused(device: torch.device, dtype: torch.dtype, N: int, R: int, V: int, C: int, mask=None, needs_grad: bool = False) -> str | None:
+    """Why `attend_fused` would refuse such a call, in words that follow "route='fused'"; None if it takes it."""
+    if mask is not None:
+        return "takes no mask (it is the path of a cached chunk, which sees every key)"
+    if needs_grad:
+        return "is inference only (wrap it in torch.no_grad())"
+    if not fused.HAS_TRITON:
+        return "needs Triton, which is not installed here"
+    if device.type != "cuda" and not fused.INTERPRETED:
+        return f"runs on a CUDA GPU, not on {device.type}"
+    if device.type == "cuda" and _generation(device.index) not in (9, 10):
+        return "needs a Hopper or datacentre Blackwell GPU (compute capability 9.x or 10.x)"
+    if C % 16 or not 16 <= C <= 256 or R % 8 or not 8 <= R <= 64 or (N + R) % 8 or N + R > 128 or V % 8 or V > 128:
+        return f"takes C a multiple of 16 up to 256, R of 8 up to 64, N + R and V of 8 up to 128, not C={C}, R={R}, N + R={N + R}, V={V}"
+    if dtype not in ((torch.float32,) if fused.INTERPRETED else (torch.bfloat16, torch.float16)):
+        return f"takes bfloat16 or float16 (in Triton's interpreter float32), not {dtype}"
+    return None
+
+
+def _expand(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, k_table) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, L, N+R], k [B, H, T, N+R], v [B, H, T, V] for SDPA, from rotated q_rope and unrotated k_rope.
+
+    Identity-augmented: k = [c_kv | rotated k_rope] @ [[W_UK, 0], [0, I]], so each key is written once, by the product itself; making
+    k_nope and concatenating would write 100 MB at the paper's size twice. The values' rows are a slice of the same left-hand side.
+    """
+    H, N, C = W_UK.shape
+    R = k_rope.shape[-1]
+    row = torch.cat((c_kv, rotate(k_rope, k_table)), dim=-1)                                       # [B, T, C + R]
+    eye = torch.eye(R, device=row.device, dtype=row.dtype)[:, None].expand(R, H, R)
+    W_K = torch.cat((F.pad(W_UK.permute(2, 0, 1), (0, R)), F.pad(eye, (N, 0))))                    # [C + R, H, N + R]
+    k = (row @ W_K.flatten(1)).unflatten(-1, (H, N + R))
+    v = (row[..., :C] @ W_UV.flatten(0, 1).T).unflatten(-1, (H, -1))
+    q = torch.cat((q_nope, q_rope), dim=-1)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+@functools.cache
+def _compiled(function):
+    """For callers that are not compiled themselves: the elementwise parts fused, compiled at the first call and never at import."""
+    return torch.compile(function, fullgraph=True)
+
+
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]    # in this order; with neither, SDPA raises: no quiet third choice
+SCRATCH = 2**31                 # bytes of K and V at a time; beyond it the videos of a batch take turns (201 MB a video at the paper's size)
+
+
+def attend_fused(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale, mask=None, cut: int | None = None) -> Tensor:
+    """The route for GPUs, same signature and answer as the others in attention.py (test_fast_path.py): `plan` says which query tokens
+    go to cuDNN by way of K and V and which to `latent_attention`; `cut` overrides it. Raises ValueError, in a line that names the route
+    that works, for what it does not take (`why_not_fused`)."""
+    (B, L, H, N), (T, C), R, V = q_nope.shape, c_kv.shape[1:], k_rope.shape[-1], W_UV.shape[1]
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_nope, q_rope, c_kv, k_rope, W_UK, W_UV))
+    reason = why_not_fused(q_nope.device, q_nope.dtype, N, R, V, C, mask, needs_grad)
+    if reason:
+        raise ValueError(f"route='fused' {reason}; use route='materialised'")
+    per_video = T * H * (N + R + V) * q_nope.element_size()
+    videos = max(1, SCRATCH // per_video)
+    if B > videos:
+        turns = (x.split(videos) for x in (q_nope, q_rope, c_kv, k_rope))
+        return torch.cat([attend_fused(*turn, W_UK, W_UV, q_table, k_table, scale, None, cut) for turn in zip(*turns)])
+    if cut is None:
+        cut = fused.plan_on(q_nope.device.index, B, L, T, H, N, R, V, C) if q_nope.is_cuda else 0
+    eager = q_nope.is_cuda and not torch.compiler.is_compiling()
+    q_rope = (_compiled(rotate) if eager else rotate)(q_rope, q_table)
+    out = []
+    if cut:
+        expand = _compiled(_expand) if eager else _expand
+        q, k, v = expand(q_nope[:, :cut], q_rope[:, :cut], c_kv, k_rope, W_UK, W_UV, k_table)
+        with sdpa_kernel(BACKENDS if q.is_cuda else [SDPBackend.MATH], set_priority=True):
+            out.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))       # [B, cut, H, V]
+    if cut < L:
+        q_lat = torch.einsum("blhn,hnc->blhc", q_nope[:, cut:], W_UK)
+        latent = fused.latent_attention(q_lat, q_rope[:, cut:], c_kv, k_rope, *k_table, scale)
+        out.append(torch.einsum("blhc,hvc->blhv", latent, W_UV))
+    return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+ROUTES = {"reference": attend_reference, "materialised": attend_materialised, "absorbed": attend_absorbed, "fused": attend_fused}
 
 
 def route_flops(route: str, L: int, T: int, H: int, N: int, R: int, V: int, C: int) -> int:
@@ -121,9 +206,37 @@ def crossing(N: int, V: int, C: int) -> float:
     return C * (N + V) / (2 * C - N - V) if 2 * C > N + V else math.inf
 
 
-def choose_route(L: int, T: int, H: int, N: int, R: int, V: int, C: int) -> str:
-    """What route="auto" takes: the one with fewer operations."""
+def route_seconds(route: str, B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: fused.Gpu) -> float:
+    """Predicted time of one layer in bfloat16, from operations, bytes and a measured GPU. experiments/bench.py prints it beside the clock."""
+    if route == "fused":
+        cut = fused.plan(B, L, T, H, N, R, V, C, gpu)
+        return fused.form_seconds(cut, B, L, T, H, N, R, V, C, gpu)
+    made = 2 * B * (T * H * (N + R + V) + L * H * (N + R))                             # bytes of q, k, v
+    if route == "absorbed":                                                            # one key head: rows are (token, head)
+        rows = math.ceil(B * L * H / gpu.rows / gpu.sms) * T * gpu.wide_key
+        return rows + 4 * gpu.launch + 4 * B * (L * H + T) * (C + R) / gpu.copy + 2 * B * L * H * C * (N + V) / gpu.gemm
+    products = 2 * B * T * H * C * (N + V) / gpu.gemm
+    if route == "materialised":                                                        # parts made, then joined: three passes
+        return products + 3 * made / gpu.copy + 5 * gpu.launch + math.ceil(B * H * math.ceil(L / gpu.rows) / gpu.sms) * T * gpu.key
+    scores = 8 * B * H * L * T                                                         # written or read by about 6 passes, 2-4 bytes each
+    return products + 3 * made / gpu.copy + 8 * gpu.launch + 3 * scores / gpu.copy + 2 * B * L * T * H * (N + R + V) / gpu.gemm
+
+
+def choose_route(L: int, T: int, H: int, N: int, R: int, V: int, C: int, *, B: int = 1, gpu: fused.Gpu | None = None, fusable: bool = False) -> str:
+    """What route="auto" takes. On a GPU with measured constants the route with the least predicted time, "fused" among them if `fusable`;
+    elsewhere the one with fewer operations, (11) against (12), or fused (whose `plan` counts likewise) where it runs."""
+    if gpu is not None:
+        names = ("reference", "materialised", "absorbed") + (("fused",) if fusable else ())
+        return min(names, key=lambda route: route_seconds(route, B, L, T, H, N, R, V, C, gpu))
+    if fusable:
+        return "fused"
     return min(("materialised", "absorbed"), key=lambda route: route_flops(route, L, T, H, N, R, V, C))
+
+
+@torch.compiler.assume_constant_result
+def _choose_on(index: int | None, fusable: bool, B: int, *sizes: int) -> str:
+    """`choose_route` for CUDA device `index`; for torch.compile a constant, as fused.plan_on."""
+    return choose_route(*sizes, B=B, gpu=fused.gpu_constants(index), fusable=fusable)
 
 
 # ---- The two layers -------------------------------------------------------------------------------------------------
@@ -191,10 +304,19 @@ class MLA(nn.Module):
         q = self.norm_q(self.W_DQ(x))                                                                         # (3)
         q_nope, q_rope = (W(q).unflatten(-1, (self.heads, -1)) for W in (self.W_UQ, self.W_QR))               # (4)
         if route == "auto":
-            (H, N, C), V = W_UK.shape, W_UV.shape[1]
-            route = choose_route(x.shape[1], c_kv.shape[1], H, N, k_rope.shape[-1], V, C)
+            route = self.route_for(x, c_kv.shape[1], mask)
         o = ROUTES[route](q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, self.scale, mask)
         return self.W_O(o.flatten(2))                                                                         # (8)
+
+    def route_for(self, x: Tensor, T: int, mask=None) -> str:
+        """The name of the route that "auto" takes for tokens x [B, L, E] (device and dtype count) and T visible keys."""
+        B, L, H, (C, R) = *x.shape[:2], self.heads, self.widths
+        N, V = self.W_UK.out_features // H, self.W_UV.out_features // H
+        if x.device.type != "cuda":                        # where it is interpreted, fused runs when asked for, not by itself
+            return choose_route(x.shape[1], T, H, N, R, V, C)
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.W_UK.weight.requires_grad)
+        fusable = why_not_fused(x.device, x.dtype, N, R, V, C, mask, needs_grad) is None
+        return _choose_on(x.device.index, fusable, B, L, T, H, N, R, V, C)
 
     @classmethod
     @torch.no_grad()

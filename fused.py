@@ -1,4 +1,4 @@
-"""The fast path, part one: latent attention as one Triton kernel, for chunks of few query tokens.
+"""The fast path: latent attention as one Triton kernel, for few query tokens, and when to use it.
 
     B batch   L query tokens   T key tokens   H heads   C content latent   R rope channels   M = L*H rows of queries
 
@@ -30,6 +30,11 @@ Splitting the keys. Rows alone do not fill the GPU, so the key range is cut into
 normalises by its *own* denominator, so plain averaging would be wrong; its share of the true denominator is 2^lse:
 
     (8)  out = sum_s w_s out_s,   w_s = 2^lse_s / sum_s' 2^lse_s'            (shifted by max lse, as in (4))
+
+Many query tokens need fewer operations with K and V made per head (attention.py (13)), and there cuDNN's kernel is the fastest. It gives each
+multiprocessor (SM) 128 query tokens of a head and *all* the keys, so time comes in whole waves: 4680 tokens x 12 heads are 444 such tiles, on
+132 SMs 3.4 waves, and they cost 4. `plan` therefore gives cuDNN the 4224 tokens that fill three waves to the last SM and the other 456
+to the kernel above, which can split keys. Both need the same latents, and nothing but the latents. Order of the file: kernels, their launch, the op, the plan.
 
 Tests: tests/test_fused.py (all of the above in Triton's interpreter; every shipped tile compiled for sm_90 and sm_100 without a GPU).
 """
@@ -160,6 +165,8 @@ class Tile(NamedTuple):
 
 
 MAX_SPLITS = 128                # the merge holds one tile of that many parts
+INTERPRETED = HAS_TRITON and not isinstance(_attend_kernel, triton.JITFunction)       # TRITON_INTERPRET=1 when this file was imported
+MERGE = 64, 2                   # channels and warps of a merging program: small ones, so that all of them are resident at once
 
 
 def choose_tile(C: int, R: int, itemsize: int, capability: tuple[int, int]) -> Tile:
@@ -172,7 +179,7 @@ def choose_tile(C: int, R: int, itemsize: int, capability: tuple[int, int]) -> T
         return Tile(128, 64, warps=8, stages=2, resident=1)
     # Hopper: two small programs per multiprocessor instead of one of 128 rows. They do not wait for each other, so while one computes
     # exponentials the other has the tensor cores. Three stages of 64 keys are the deepest of which two fit (115 kB of 228 kB each).
-    return Tile(64, 64, warps=4, stages=3, resident=2)
+    return Tile(64, 64, warps=4, stages=3, resident=2, pdl=True)
 
 
 def choose_splits(programs: int, tiles: int, slots: int) -> int:
@@ -181,9 +188,13 @@ def choose_splits(programs: int, tiles: int, slots: int) -> int:
     Time = waves of programs x (iterations of one program + OVERHEAD), in units of one iteration; take the smallest S that is best.
     At the paper's size on 132 SMs, L = 64: 12 row tiles x 22 splits = 264 programs, exactly one wave of two per multiprocessor.
     """
+    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=lambda S: (iterations(programs, tiles, slots, S), S))
+
+
+def iterations(programs: int, tiles: int, slots: int, splits: int) -> int:
+    """What `choose_splits` minimises. On an H100 a launch takes 6 us and 1.73 us for each of these, within a fifth, from L = 16 to 1560."""
     OVERHEAD = 4                                   # start, drain, writing and merging the part: about four iterations
-    cost = {S: math.ceil(programs * S / slots) * (math.ceil(tiles / S) + OVERHEAD) for S in range(1, min(tiles, MAX_SPLITS) + 1)}
-    return min(cost, key=lambda S: (cost[S], S))
+    return math.ceil(programs * splits / slots) * (math.ceil(tiles / splits) + OVERHEAD)
 
 
 def _fetchable(x: Tensor) -> Tensor:
@@ -199,6 +210,7 @@ def _launch(q_lat: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cos: Te
     (B, L, H, C), (T, R), M = q_lat.shape, k_rope.shape[1:], q_lat.shape[1] * q_lat.shape[2]
     gpu = torch.cuda.get_device_properties(q_lat.device) if q_lat.is_cuda else None      # the interpreter has no GPU: play a small one
     tile = tile or choose_tile(C, R, q_lat.element_size(), (gpu.major, gpu.minor) if gpu else (9, 0))
+    tile = tile._replace(pdl=tile.pdl and not INTERPRETED)             # the interpreter runs one program after the other
     rows, tiles = math.ceil(M / tile.block_m), math.ceil(T / tile.block_n)
     splits = splits or choose_splits(B * rows, tiles, (gpu.multi_processor_count if gpu else 4) * tile.resident)
     tiles_per_split = math.ceil(tiles / splits)
@@ -227,8 +239,9 @@ def _launch(q_lat: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cos: Te
             STAGES=tile.stages, ROTATE=tile.rotate, SPLIT=S > 1, PDL=tile.pdl, num_warps=tile.warps,
             **({"launch_pdl": True} if tile.pdl and not tile.rotate else {}))
         if S > 1:
-            _merge_kernel[(M, math.ceil(C / 64), B)](parts, lse, out, M, S, C=C, SP=triton.next_power_of_2(S), BLOCK_C=64, PDL=tile.pdl,
-                                                     num_warps=4, **({"launch_pdl": True} if tile.pdl else {}))
+            width, warps = MERGE
+            _merge_kernel[(M, math.ceil(C / width), B)](parts, lse, out, M, S, C=C, SP=triton.next_power_of_2(S), BLOCK_C=width, PDL=tile.pdl,
+                                                        num_warps=warps, **({"launch_pdl": True} if tile.pdl else {}))
     return out
 
 
@@ -265,10 +278,9 @@ def latent_attention(q_lat: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
     _check(q_lat, q_rope, c_kv, k_rope, cos, sin, scale)
     if not HAS_TRITON:
         raise RuntimeError("latent_attention needs Triton, which is not installed here; use route='materialised'")
-    interpreted = not isinstance(_attend_kernel, triton.JITFunction)
-    if not q_lat.is_cuda and not interpreted:
+    if not q_lat.is_cuda and not INTERPRETED:
         raise RuntimeError(f"latent_attention runs on a CUDA GPU, not on {q_lat.device.type}; use route='materialised'")
-    if interpreted and q_lat.dtype == torch.bfloat16:
+    if INTERPRETED and q_lat.dtype == torch.bfloat16:
         raise TypeError("Triton's interpreter multiplies bfloat16 wrongly; give latent_attention float32 there")
     return _launch(q_lat, q_rope, c_kv, k_rope, cos, sin, scale) if q_lat.numel() else torch.empty_like(q_lat)
 
@@ -284,3 +296,61 @@ def _refuse_gradients(*_args, **_kwargs):
 
 
 latent_attention.register_autograd(_refuse_gradients, setup_context=_refuse_gradients)   # setup_context runs in the forward pass already
+
+
+# ---- when it pays ------------------------------------------------------------------------------------------------------------------------
+
+class Gpu(NamedTuple):
+    """What predicts a route's time on a kind of GPU, in seconds, operations and bytes a second; measured, so only for GPUs we had."""
+    sms: int = 132
+    launch: float = 6e-6        # per kernel of note, in a CUDA graph: start, ramp and drain
+    kernel: float = 5.2e14      # matrix operations of _attend_kernel, once it runs
+    rows: int = 128             # query tokens of a head that cuDNN gives an SM
+    key: float = 13.7e-9        # cuDNN, 128/128: one wave, per key (1.845 ms / 4 waves / 32,760 keys at L = 4680)
+    wide_key: float = 22.6e-9   # cuDNN, (C + R)/C = 224/192 padded to 256: the absorbed route
+    gemm: float = 5e14          # a product with an inner width of some hundreds
+    copy: float = 2.6e12        # bytes read and written by elementwise passes
+
+
+GPUS = {(9, 0): Gpu()}          # H100 80GB HBM3, torch 2.11, cuDNN 9.19: the sweep of `python -m experiments.bench --only attention`
+
+
+def gpu_constants(index: int | None) -> Gpu | None:
+    """The table's entry for CUDA device `index`, with its own count of SMs; None for a GPU that was never measured."""
+    gpu = torch.cuda.get_device_properties(index)
+    known = GPUS.get((gpu.major, gpu.minor))
+    return known and known._replace(sms=gpu.multi_processor_count)
+
+
+def form_seconds(cut: int, B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: Gpu, itemsize: int = 2) -> float:
+    """Predicted time when the first `cut` query tokens go through K, V and cuDNN, and the other L - cut through the kernel."""
+    seconds, rest = 0.0, L - cut
+    if cut:
+        written = B * T * H * (N + R + V) * itemsize
+        products = 2 * B * T * H * C * (N + R + V) / gpu.gemm          # a GEMM this thin is bound by both, in part one after the other
+        seconds += max(written / gpu.copy, products) + 2 * B * (T * (C + R) + cut * H * (N + R)) * itemsize / gpu.copy
+        seconds += 2 * gpu.launch + math.ceil(B * H * math.ceil(cut / gpu.rows) / gpu.sms) * T * gpu.key
+    if rest:
+        tile = choose_tile(C, R, itemsize, (9, 0))
+        programs, tiles, slots = B * math.ceil(rest * H / tile.block_m), math.ceil(T / tile.block_n), gpu.sms * tile.resident
+        steps = iterations(programs, tiles, slots, choose_splits(programs, tiles, slots))
+        seconds += 2 * gpu.launch + steps * 2 * tile.block_m * tile.block_n * (2 * C + R) * slots / gpu.kernel
+        seconds += 2 * B * rest * H * C * (N + V) / gpu.gemm
+    return seconds
+
+
+def plan(B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: Gpu | None) -> int:
+    """How many of L query tokens go to cuDNN: none, all, or as many as fill whole waves of SMs; the rest go to the kernel.
+
+    Without constants for this GPU only the count of operations speaks: L against (13). test_fast_path.py::test_plan.
+    """
+    if gpu is None:
+        return L if 2 * C > N + V and L > C * (N + V) / (2 * C - N - V) else 0
+    waves = {gpu.rows * (wave * gpu.sms // (B * H)) for wave in range(1, math.ceil(B * H * L / gpu.rows / gpu.sms) + 1)}
+    return min(sorted({0, L} | {cut for cut in waves if cut < L}), key=lambda cut: form_seconds(cut, B, L, T, H, N, R, V, C, gpu))
+
+
+@torch.compiler.assume_constant_result
+def plan_on(index: int | None, *sizes: int) -> int:
+    """`plan` for CUDA device `index`. torch.compile takes the answer as a constant: it asks while tracing, and looks no further into it."""
+    return plan(*sizes, gpu_constants(index))

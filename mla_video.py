@@ -232,16 +232,16 @@ class VideoDiT(nn.Module):
     def commit(self, x: Tensor, caption: Tensor, cache: RollingCache, route: str = "auto", detach: bool = True) -> None:
         """Run a finished chunk once at sigma = 0 and store its rows. (The rows of the last denoising pass will not
         do: they describe a noisy input, and training only ever reads rows of clean ones.)"""
-        rows = self._cached(x, x.new_zeros(x.shape[:2]), caption, cache, route)[1]
+        rows = self._cached(x, x.new_zeros(x.shape[:2]), caption, cache, route, keep=True)[1]
         cache.commit(rows, detach)
 
     # ---- the one way it is computed ---------------------------------------------------------------------------------
 
-    def _cached(self, x, sigma, caption, cache, route):
+    def _cached(self, x, sigma, caption, cache, route, keep=False):
         past, own = cache.positions()
-        return self._run(x, sigma, caption, own, torch.cat((past, own)), route, cache=cache)
+        return self._run(x, sigma, caption, own, torch.cat((past, own)), route, cache=cache, keep=keep)
 
-    def _run(self, x, sigma, caption, q_frames, k_frames, route, cache=None, mask=None, ask=0):
+    def _run(self, x, sigma, caption, q_frames, k_frames, route, cache=None, mask=None, ask=0, keep=True):
         """Patchify, blocks, un-patchify. Queries stand at times q_frames, visible keys at k_frames; frames before `ask`
         are there to be looked at: in the last block they give rows and are not queries."""
         c = self.config
@@ -261,7 +261,7 @@ class VideoDiT(nn.Module):
             see = (lambda rows: rows) if cache is None else (lambda rows, i=i: cache.peek(i, rows))
             last = i == c.layers - 1                       # in the last block only frames from `ask` on are queries
             x, rows = block(x, level, caption, see, q_table, k_table, mask, route, ask if last else 0)
-            all_rows.append(rows)
+            all_rows += [rows] if keep else []             # of all layers: dense, 0.86 GB a video at the paper's size
         shift, scale = (time[:, ask:, None] + self.head_modulation).unsqueeze(3).unbind(2)
         x = self.head(modulate(F.layer_norm(x, (c.dim,)), shift, scale))
         x = rearrange(x, "b f (h w) (c p q) -> b f c (h p) (w q)", h=grid[0], c=c.channels, p=c.patch)

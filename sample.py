@@ -28,6 +28,7 @@ import torch
 from PIL import GifImagePlugin, Image
 from torch import Tensor
 
+from cache import FullWindow, RollingCache
 from mla_video import ROUTES, Config, VideoDiT
 from toy_data import decode_caption, encode_caption, make_world, survival_report
 
@@ -49,35 +50,99 @@ def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * x0 + sigma * eps
 
 
+class CompiledChunk:
+    """A model's `denoise` and `commit` over one full window, as one compiled graph: the same two verbs, for the same chunk shape.
+
+    `fullgraph=True`: what cannot be compiled raises here and is not skipped. Positions, slots and the counter are tensors, so no pass
+    recompiles and none waits for the host. The commit is the same graph at sigma = 0, then a copy of the chunk's rows to their slots.
+    On a GPU both are captured as CUDA graphs: a pass is one launch, and its result stands in a buffer that the next pass overwrites.
+    `cache` is replaced by `window`, which starts as its copy. tests/test_fast_path.py: one graph, no recompilation, same video.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: VideoDiT, cache: RollingCache, caption: Tensor, route: str = "auto", backend: str = "inductor"):
+        c, weight = model.config, model.embed.weight
+        self.window = window = cache if isinstance(cache, FullWindow) else FullWindow(cache)
+        self.x = weight.new_zeros(len(caption), c.chunk, c.channels, c.height, c.width)
+        self.sigma, self.caption = weight.new_zeros(self.x.shape[:2]), caption.clone()
+        self._pass = torch.compile(lambda x, sigma, caption: model.denoise(x, sigma, caption, window, route),
+                                   fullgraph=True, dynamic=False, backend=backend)
+        start = time.perf_counter()
+        self.v = self._pass(self.x, self.sigma, self.caption)                          # compiles; writes the provisional rows alone
+        self._replay = self._store = None
+        if self.x.is_cuda:
+            stream = torch.cuda.Stream()                   # a capture must not meet first-time work: run once more, aside
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._pass(self.x, self.sigma, self.caption)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._replay, self._store = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._replay):
+                self.v = self._pass(self.x, self.sigma, self.caption)
+            with torch.cuda.graph(self._store):            # recorded, not run: the window does not move here
+                window.commit()
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - start         # compilation and capture, the first chunk's wait
+
+    def _check(self, x: Tensor, cache) -> None:
+        if cache is not self.window or x.shape != self.x.shape:
+            raise ValueError(f"this graph was made for chunks {tuple(self.x.shape)} and its own window; make another CompiledChunk")
+
+    def denoise(self, x: Tensor, sigma: Tensor, caption: Tensor, cache: FullWindow, route: str = "auto") -> Tensor:
+        self._check(x, cache)
+        if self._replay is None:
+            return self._pass(x, sigma, caption)
+        self.x.copy_(x)
+        self.sigma.copy_(sigma)
+        self.caption.copy_(caption)
+        self._replay.replay()
+        return self.v
+
+    def commit(self, x: Tensor, caption: Tensor, cache: FullWindow, route: str = "auto") -> None:
+        self.denoise(x, x.new_zeros(x.shape[:2]), caption, cache)
+        self.window.commit() if self._store is None else self._store.replay()
+
+
 @torch.no_grad()
 def rollout(model: VideoDiT, caption: Tensor, frames: int, *, steps: int = 12, guidance: float = 1.0, route: str = "auto",
-            generator: torch.Generator | None = None) -> Iterator[Tensor]:
+            generator: torch.Generator | None = None, compile: bool | str = False, say=lambda line: None) -> Iterator[Tensor]:
     """Yield chunks [B, chunk, channels, height, width] in about [-1, 1] until `frames` frames are made (0: without end).
 
     Every chunk starts as noise, takes `steps` Euler steps while it looks at the cache of its predecessors, and is
     then committed. Memory and time per chunk do not depend on how long the video already is. `guidance` w > 1
     uses v(none) + w (v(caption) - v(none)), and the caption-free model needs *its own* cache: its past means
-    something else (sharing one is a classic silent bug).
+    something else (sharing one is a classic silent bug). `compile` (True, or the name of a torch.compile backend) goes over
+    to a `CompiledChunk` once the window is full; until then shapes still grow, and passes run eagerly. `say` is told so.
     """
     c, device = model.config, model.embed.weight.device
     sigmas = [shift(1 - i / steps) for i in range(steps + 1)]                          # 1 ... 0
     caption, none = caption.to(device), torch.zeros_like(caption, device=device)
     memory = model.make_cache(len(caption))
     memory_none = model.make_cache(len(caption)) if guidance != 1 else None
+    dtype, model_none, eager = model.embed.weight.dtype, model, True
     for _ in iter(int, 1) if frames == 0 else range(math.ceil(frames / c.chunk)):      # iter(int, 1) never ends
+        if compile and eager and memory.filled == memory.slots:
+            say(f"compiling   the window is full after {memory.seen} frames: one graph per pass from here on")
+            eager, start, backend = False, time.perf_counter(), compile if isinstance(compile, str) else "inductor"
+            if guidance != 1:
+                model_none = CompiledChunk(model, memory_none, none, route, backend)
+                memory_none = model_none.window
+            model = CompiledChunk(model, memory, caption, route, backend)
+            memory = model.window
+            say(f"compiled    in {time.perf_counter() - start:.0f} s" + ", captured as a CUDA graph" * (device.type == "cuda"))
         shape = len(caption), c.chunk, c.channels, c.height, c.width
         home = generator.device if generator is not None else device
-        x = torch.randn(shape, generator=generator, device=home).to(device, model.embed.weight.dtype)
+        x = torch.randn(shape, generator=generator, device=home).to(device, dtype)
         for now, then in zip(sigmas, sigmas[1:]):
             sigma = x.new_full(shape[:2], now)
             v = model.denoise(x, sigma, caption, memory, route)
             if guidance != 1:
-                v_none = model.denoise(x, sigma, none, memory_none, route)
+                v_none = model_none.denoise(x, sigma, none, memory_none, route)
                 v = v_none + guidance * (v - v_none)
             x = x - (now - then) * v                                                                          # (F3)
         model.commit(x, caption, memory, route)
         if guidance != 1:
-            model.commit(x, none, memory_none, route)
+            model_none.commit(x, none, memory_none, route)
         yield x
 
 
@@ -210,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--route", default="auto", choices=("auto", *ROUTES), help="how attention is computed; the answer is the same")
     parser.add_argument("--out", default="out", help="a folder (for sample.gif) or the name of a .gif")
     parser.add_argument("--evaluate", type=int, default=0, metavar="N", help="print exact metrics over N rollouts instead of a GIF")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="one compiled graph per pass, once the "
+                        "window is full; default: on a GPU yes, on a CPU no")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run(sample_from, parser.parse_args(argv))
@@ -243,7 +310,8 @@ def sample_from(args) -> None:
     device = pick_device(args.device)
     model, about = load_model(args.checkpoint)
     model.to(device)
-    how = dict(steps=args.steps, guidance=args.guidance, route=args.route)
+    compile = device.type == "cuda" if args.compile is None else args.compile
+    how = dict(steps=args.steps, guidance=args.guidance, route=args.route, compile=compile, say=lambda line: print(line, file=sys.stderr))
     data = about.get("data")
     if args.evaluate:
         if data != "shapes":
@@ -265,7 +333,7 @@ def sample_from(args) -> None:
     seconds = time.perf_counter() - start
     print(f"captions     {', '.join(decode_caption(caption) or '(none)' for caption in captions)}")
     print(f"speed        {len(captions) * made / seconds:.1f} frames/s ({len(captions)} videos at once, {device.type}, "
-          f"{args.steps} steps a chunk, route {args.route})")
+          f"{args.steps} steps a chunk, route {full_route(model, len(captions), args.route)})")
     print(cache_line(model, len(captions)))
     print(f"wrote        {path}")
 
@@ -279,6 +347,16 @@ def cache_line(model: VideoDiT, batch: int) -> str:
     with torch.device("meta"):
         dense = VideoDiT(replace(model.config, attention="dense")).make_cache(batch, mine.buffers[0].dtype)
     return line + f"; dense attention keeps {dense.nbytes:,} ({100 * (1 - mine.nbytes / dense.nbytes):.1f} % less)"
+
+
+def full_route(model: VideoDiT, batch: int, route: str) -> str:
+    """The route that runs once the window is full; "auto" is resolved as the layers resolve it."""
+    c, layer = model.config, model.blocks[0].attention
+    if c.attention == "dense" or route != "auto":
+        return "dense" if c.attention == "dense" else route
+    with torch.no_grad():
+        x = model.embed.weight.new_empty(batch, c.chunk * c.tokens, c.dim)
+        return f"auto: {layer.route_for(x, c.window * c.tokens)}"
 
 
 def unseen_captions(number: int, seed: int) -> Tensor:

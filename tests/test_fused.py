@@ -147,7 +147,8 @@ def check_refusals():
 GEOMETRIES = {
     "paper": (192, 32, 64, 12, torch.bfloat16, {}),
     "paper, keys rotated inside": (192, 32, 64, 12, torch.bfloat16, {"rotate": True, "stages": 2}),
-    "paper, dependent launch": (192, 32, 64, 12, torch.bfloat16, {"pdl": True}),
+    "paper, dependent launch": (192, 32, 64, 12, torch.bfloat16, {"pdl": True}),      # on sm_90 that is what ships
+    "paper, plain launch": (192, 32, 64, 12, torch.bfloat16, {"pdl": False}),
     "widest": (256, 64, 64, 12, torch.float16, {}),
     "toy": (16, 8, 16, 4, torch.bfloat16, {}),
     "toy, float32": (16, 8, 16, 4, torch.float32, {}),
