@@ -333,8 +333,9 @@ class MLA(nn.Module):
           R = H * d_h       a slot of the wide key per head, no content in the score: equal to full per-head RoPE once
                             C >= rank W_V; each head's rope query is zero outside its own slot                           (E2)
           R < d_h           the paper's spectral initialisation: the R fastest channels of each head rotate, their keys
-                            are averaged over heads (the shared key nearest to all of them), the other d_h - R carry content.
-                            Exact if the heads agree on the rope keys and C >= rank: this is where the approximation starts.
+                            are averaged over heads (the shared key nearest to all of them), the other d_h - R carry content
+                            and no longer turn. Exact if the heads agree on the rope keys, the slow bands stand still and
+                            C >= rank: this is where the approximation starts.
         The softmax scale is the dense layer's. init="random" keeps these sizes and draws fresh weights instead (the paper's control).
         Raises ValueError for a normed dense layer, an unknown init, or C, Q, R out of range. tests/test_full_rank.py.
         """

@@ -90,7 +90,7 @@ class RollingCache:
 
         What is stored is detached: gradients stop at the chunk that is being made (released code leaks them
         through this write; detach=False is the true context gradient, an exercise). While gradients are recorded
-        the buffer is replaced and not overwritten, since earlier reads may be waiting for their backward pass.
+        the buffer is replaced and not overwritten: `peek` copies, but a reader that keeps a view may await its backward pass.
         """
         now = self.seen + self.chunk
         if any(row.shape[1] != self.chunk * self.tokens for layer in rows for row in layer):

@@ -106,8 +106,8 @@ MUTANTS = [Mutant(*entry) for entry in (
      routes.test_auto_takes_the_route_with_fewer_operations),
     ("batch taken for queries in the choice of route", ATTENTION, "choose_route(x.shape[1],", "choose_route(x.shape[0],",
      routes.test_a_layer_left_to_itself_takes_the_cheaper_route),
-    ("heads taken for value channels in the choice of route", ATTENTION, "V = W_UK.shape, W_UV.shape[1]",
-     "V = W_UK.shape, W_UV.shape[0]", routes.test_a_layer_left_to_itself_takes_the_cheaper_route),
+    ("latents taken for value channels in the choice of route", ATTENTION, "self.W_UV.out_features // H",
+     "self.W_UV.in_features // H", routes.test_a_layer_left_to_itself_takes_the_cheaper_route),
     ("a crossing where there is none", ATTENTION, "if 2 * C > N + V else", "if 3 * C > N + V else",
      routes.test_auto_takes_the_route_with_fewer_operations),
 
