@@ -166,7 +166,7 @@ class Tile(NamedTuple):
 
 MAX_SPLITS = 128                # the merge holds one tile of that many parts
 INTERPRETED = HAS_TRITON and not isinstance(_attend_kernel, triton.JITFunction)       # TRITON_INTERPRET=1 when this file was imported
-MERGE = 64, 2                   # channels and warps of a merging program: small ones, so that all of them are resident at once
+MERGE = 64, 1                   # channels and warps of a merging program: small ones, so that all of them are resident at once
 
 
 def choose_tile(C: int, R: int, itemsize: int, capability: tuple[int, int]) -> Tile:
