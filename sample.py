@@ -219,14 +219,16 @@ class GifWriter:
     (7 x 7 x 5 levels), so that nothing written has to be looked at again: memory does not grow with the video."""
 
     def __init__(self, path: Path, fps: int = 16):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.path, self.fps, self.end = open(path, "wb"), path, fps, 0
+        self.file, self.path, self.fps, self.end = None, path, fps, 0
         levels = [(r, g, b) for r in range(7) for g in range(7) for b in range(5)]
         self.palette = Image.new("P", (1, 1))
         self.palette.putpalette([round(255 * value / top) for rgb in levels for value, top in zip(rgb, (6, 6, 4))])
 
     def append(self, frames: np.ndarray) -> None:
-        """uint8 [F, h, w, 3]."""
+        """uint8 [F, h, w, 3]. The first call opens the file: what fails before there is a frame leaves an older GIF as it was."""
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "wb")
         for frame in frames:
             picture = Image.fromarray(frame).quantize(palette=self.palette, dither=Image.Dither.NONE)
             if self.end == 0:

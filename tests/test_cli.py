@@ -130,7 +130,8 @@ def test_sample_refuses_a_bad_checkpoint(capsys, tmp_path, model_file, kind, wor
 
 @pytest.mark.parametrize("flags, words", [
     (["--prompt=purple disc"], ["purple", "red"]), (["--prompt=red blue disc"], ["red", "blue"]), (["--frames=-1"], ["--frames"]),
-    (["--steps=0"], ["--steps"]), (["--route=magic"], ["magic"]), (["--device=quantum"], ["quantum"])])
+    (["--steps=0"], ["--steps"]), (["--route=magic"], ["magic"]), (["--device=quantum"], ["quantum"]),
+    (["--route=fused", "--device=cpu"], ["fused", "materialised"])])
 def test_sample_refuses(capsys, tmp_path, model_file, flags, words):
     fails_in_one_line(capsys, sample.main, [f"--checkpoint={model_file}", f"--out={tmp_path / 'clip.gif'}", *flags], *words)
     assert not (tmp_path / "clip.gif").exists()
