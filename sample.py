@@ -261,7 +261,9 @@ def provenance(device: torch.device) -> dict[str, str]:
         commit = git.stdout.strip() or commit
     name = torch.cuda.get_device_name(device).replace("NVIDIA ", "").replace(" HBM3", "") if device.type == "cuda" else \
         f"{os.cpu_count()} CPU cores"
-    return {"command": " ".join(["python", *sys.argv]), "commit": commit,
+    spec = sys.modules["__main__"].__spec__                # set by `python -m`
+    program = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    return {"command": " ".join(["python", *program, *sys.argv[1:]]), "commit": commit,
             "device": name, "versions": f"torch {torch.__version__}, numpy {np.__version__}, Python {sys.version.split()[0]}"}
 
 
