@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import read_checkpoint, save_model, write_atomically
 from mla_video import PRESETS, Config, VideoDiT
-from sample import (PROMPTS, GifWriter, add_noise, cache_line, evaluate, pick_device, provenance, read_checkpoint, report_survival,
-                    rollout, run, save_model, shift, to_pixels, unseen_captions, write_atomically)
+from sample import (PROMPTS, GifWriter, add_noise, cache_line, evaluate, pick_device, provenance, report_survival, rollout, run, shift,
+                    to_pixels, unseen_captions)
 from toy_data import CAPTION_SLOTS, WORDS, encode_caption, make_world
 
 

@@ -15,7 +15,8 @@ from time import perf_counter
 
 import torch
 
-from sample import load_model, provenance, rollout
+from checkpoint import load_model
+from sample import provenance, rollout
 from toy_data import encode_caption
 
 

@@ -15,7 +15,8 @@ import sample
 import train
 from experiments import endurance
 from mla_video import PRESETS, Config, VideoDiT
-from sample import GifWriter, save_model, to_pixels
+from checkpoint import save_model
+from sample import GifWriter, to_pixels
 from toy_data import WORDS
 
 ROOT = Path(__file__).parent.parent

@@ -194,13 +194,13 @@ def test_a_checkpoint_gives_back_its_weights_bit_for_bit(code, sizes, seed, tmp_
     """Stored in half precision: what comes back is every weight rounded to half, and nothing else."""
     path = tmp_path_factory.mktemp("checkpoint") / "model.pt"
     model, _ = a_model(code, sizes, seed)
-    code.sample.save_model(path, model, data="shapes", steps=7)
-    loaded, about = code.sample.load_model(path)
+    code.checkpoint.save_model(path, model, data="shapes", steps=7)
+    loaded, about = code.checkpoint.load_model(path)
     assert about == {"data": "shapes", "steps": 7} and loaded.config == model.config and not loaded.training
     assert list(loaded.state_dict()) == list(model.state_dict())
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.half().float()), f"{name} changed on its way through the file"
-    again, _ = code.sample.load_model(path)
+    again, _ = code.checkpoint.load_model(path)
     x, sigma, caption = a_clip(model, Dice(seed), 1, model.config.chunk)
     answers = [m.denoise(x.float(), sigma.float(), caption, m.make_cache(1)) for m in (loaded, again)]
     assert torch.equal(*answers), "two loads of one file must compute the same bits"

@@ -33,7 +33,7 @@ class Mutant(NamedTuple):
     dies: object = AssertionError
 
 
-ROPE, CACHE, ATTENTION, MODEL, SAMPLE, TRAIN = (name + ".py" for name in FILES)
+ROPE, CACHE, ATTENTION, MODEL, CHECKPOINT, SAMPLE, TRAIN = (name + ".py" for name in FILES)
 
 MUTANTS = [Mutant(*entry) for entry in (
     # ---- position ----

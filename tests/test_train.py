@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import train
+from checkpoint import load_model, read_checkpoint, write_atomically
 from mla_video import PRESETS, VideoDiT
-from sample import add_noise, load_model, read_checkpoint, rollout, shift
+from sample import add_noise, rollout, shift
 from toy_data import WORDS, make_world
 from train import Recipe, Trainer, teacher_forcing_loss
 
@@ -75,7 +76,7 @@ def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path):
     trainer = Trainer(VideoDiT(CONFIG), Recipe(steps=8, batch=4), make_world("shapes"), torch.device("cpu"))
     for _ in range(3):
         trainer.update(*trainer.batch(trainer.step))
-    train.write_atomically(tmp_path / "parts" / "train.pt", trainer.state())
+    write_atomically(tmp_path / "parts" / "train.pt", trainer.state())
     run_train(tmp_path / "parts", "--steps=8", "--evaluate=0", "--resume")
     whole, parts = (read_checkpoint(tmp_path / name / "train.pt", set()) for name in ("whole", "parts"))
     assert parts["step"] == whole["step"] == 8
@@ -100,7 +101,7 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
 
 def test_a_save_that_fails_costs_nothing(tmp_path, monkeypatch):
     target = tmp_path / "train.pt"
-    train.write_atomically(target, {"step": 1})
+    write_atomically(target, {"step": 1})
 
     def full_disk(content, path):
         path.write_bytes(b"half a file")
@@ -108,7 +109,7 @@ def test_a_save_that_fails_costs_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError):
-        train.write_atomically(target, {"step": 2})
+        write_atomically(target, {"step": 2})
     assert read_checkpoint(target, {"step"}) == {"step": 1}, "the previous checkpoint must survive a save that dies half-way"
 
 
