@@ -52,19 +52,23 @@ class Config:
 
         for name, value in asdict(self).items():
             if name not in ("attention", "norm", "sink"):
-                need(isinstance(value, int) and value > 0, f"{name} must be a positive integer, got {value!r}")
-        need(self.attention in ("mla", "dense"), f"attention must be 'mla' or 'dense', got {self.attention!r}")
+                top = 1024 if name == "layers" else 2**20      # sizes come from files and flags: refuse before anything is allocated
+                need(type(value) is int and 0 < value <= top, f"{name} must be a positive integer up to {top}, got {str(value)[:40]}")
+        need(self.attention in ("mla", "dense"), f"attention must be 'mla' or 'dense', got {str(self.attention)[:40]!r}")
+        need(type(self.norm) is bool, f"norm must be True or False, got {str(self.norm)[:40]!r}")
         need(self.dim % self.heads == 0, f"{self.heads} heads do not divide a width of {self.dim}")
         need(self.height % self.patch == 0 and self.width % self.patch == 0,
              f"patches of {self.patch} do not divide {self.height} x {self.width} pixels; give a size that is a multiple")
         need(self.frames % self.chunk == 0, f"{self.frames} frames are not whole chunks of {self.chunk}")
         need(self.rope < self.dim // self.heads, f"{self.rope} rope channels leave no content channel in a head of "
              f"{self.dim // self.heads}")
-        need(isinstance(self.sink, int) and self.sink >= 0, f"sink must be 0 frames or more, got {self.sink!r}")
+        need(type(self.sink) is int and self.sink >= 0, f"sink must be 0 frames or more, got {self.sink!r}")
         need(self.window >= self.sink + self.chunk, f"a window of {self.window} frames cannot hold {self.sink} sink frames "
              f"and a chunk of {self.chunk}: it must be at least {self.sink + self.chunk}")
         need(self.window <= self.frames, f"a window of {self.window} frames is longer than the {self.frames} frames of a "
              f"training clip: nothing would have trained those positions")
+        need(self.frames * self.tokens <= 2**19 and self.frames * self.channels * self.height * self.width <= 2**27, f"a clip of "
+             f"{self.frames} x {self.height} x {self.width} pixels in patches of {self.patch} is more than a clip of this program")
         self.make_rope()                                   # raises on an odd or impossible rope split
 
     @property

@@ -16,6 +16,7 @@ import argparse
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -158,7 +159,7 @@ def to_pixels(chunk: Tensor, zoom: int = 8) -> np.ndarray:
 
 
 class GifWriter:
-    """A GIF that can be appended to and is a valid file after every append. All frames share one fixed palette
+    """A GIF that can be appended to and is a valid file at every moment, whatever stops the program. All frames share one fixed palette
     (7 x 7 x 5 levels), so that nothing written has to be looked at again: memory does not grow with the video."""
 
     def __init__(self, path: Path, fps: int = 16):
@@ -168,23 +169,26 @@ class GifWriter:
         self.palette.putpalette([round(255 * value / top) for rgb in levels for value, top in zip(rgb, (6, 6, 4))])
 
     def append(self, frames: np.ndarray) -> None:
-        """uint8 [F, h, w, 3]. The first call opens the file: what fails before there is a frame leaves an older GIF as it was."""
+        """uint8 [F, h, w, 3]. The first call moves a whole file over an older one; what fails before leaves that as it was."""
+        pictures = [Image.fromarray(frame).quantize(palette=self.palette, dither=Image.Dither.NONE) for frame in frames]
+        duration = round(1000 / self.fps / 10) * 10        # GIF counts in hundredths of a second
+        blocks = [block for picture in pictures
+                  for block in GifImagePlugin.getdata(picture, duration=duration, include_color_table=False)]
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "wb")
-        for frame in frames:
-            picture = Image.fromarray(frame).quantize(palette=self.palette, dither=Image.Dither.NONE)
-            if self.end == 0:
-                header = GifImagePlugin.getheader(picture, info={"loop": 0})[0]
-                self.file.write(b"".join(header))
-                self.end = self.file.tell()
-            self.file.seek(self.end)                       # over the trailer of the last append
-            duration = round(1000 / self.fps / 10) * 10    # GIF counts in hundredths of a second
-            for block in GifImagePlugin.getdata(picture, duration=duration, include_color_table=False):
-                self.file.write(block)
-            self.end = self.file.tell()
-            self.file.write(b";")
-        self.file.flush()
+            header, scratch = GifImagePlugin.getheader(pictures[0], info={"loop": 0})[0], self.path.with_name(self.path.name + ".part")
+            self.end = scratch.write_bytes(b"".join([*header, *blocks, b";"])) - 1
+            scratch.replace(self.path)
+            self.file = open(self.path, "r+b", buffering=0)
+            return
+        # Readers stop at the trailer ";". So first all that belongs behind it, then one byte that turns it into the next frame.
+        data = b"".join([*blocks, b";"])
+        self.file.seek(self.end + 1)
+        if self.file.write(data[1:]) < len(data) - 1:
+            raise OSError(f"the disk is full: {self.path} ends here")
+        self.file.seek(self.end)
+        self.file.write(data[:1])
+        self.end += len(data) - 1
 
 
 # ---- judging --------------------------------------------------------------------------------------------------------
@@ -230,15 +234,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(action, arguments) -> None:
-    """Run a command line: what the user can mend is said in one line, exit code 2; Ctrl-C is no error."""
+    """Run a command line: what the user can mend is said in one line, exit code 2; Ctrl-C is no error, and SIGTERM is a Ctrl-C
+    (exit code 128 + the signal's number, as shells count)."""
+    def terminate(number, frame):
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         action(arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError) as error:
+        print("error:", *(str(error) or "out of memory").split(), file=sys.stderr)     # in one line, whatever names it quotes
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def pick_device(name: str) -> torch.device:

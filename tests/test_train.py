@@ -104,7 +104,7 @@ def test_a_save_that_fails_costs_nothing(tmp_path, monkeypatch):
     write_atomically(target, {"step": 1})
 
     def full_disk(content, path):
-        path.write_bytes(b"half a file")
+        path.write(b"half a file")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
