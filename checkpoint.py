@@ -105,7 +105,7 @@ def _check_archive(path: Path) -> None:
             if member.filename.endswith(".pkl"):
                 for opcode, argument, _ in pickletools.genops(archive.read(member)):
                     if opcode.name == "GLOBAL" and argument not in NAMES:
-                        raise ValueError(f"it wants to call {argument!r}")
+                        raise ValueError(f"it names {argument!r}, which is no tensor of a kind that training writes")
 
 
 def _check_content(path: Path, content: dict) -> None:

@@ -163,7 +163,7 @@ class GifWriter:
     (7 x 7 x 5 levels), so that nothing written has to be looked at again: memory does not grow with the video."""
 
     def __init__(self, path: Path, fps: int = 16):
-        self.file, self.path, self.fps, self.end = None, path, fps, 0
+        self.path, self.fps, self.end = path, fps, 0
         levels = [(r, g, b) for r in range(7) for g in range(7) for b in range(5)]
         self.palette = Image.new("P", (1, 1))
         self.palette.putpalette([round(255 * value / top) for rgb in levels for value, top in zip(rgb, (6, 6, 4))])
@@ -174,20 +174,20 @@ class GifWriter:
         duration = round(1000 / self.fps / 10) * 10        # GIF counts in hundredths of a second
         blocks = [block for picture in pictures
                   for block in GifImagePlugin.getdata(picture, duration=duration, include_color_table=False)]
-        if self.file is None:
+        if self.end == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             header, scratch = GifImagePlugin.getheader(pictures[0], info={"loop": 0})[0], self.path.with_name(self.path.name + ".part")
             self.end = scratch.write_bytes(b"".join([*header, *blocks, b";"])) - 1
             scratch.replace(self.path)
-            self.file = open(self.path, "r+b", buffering=0)
             return
         # Readers stop at the trailer ";". So first all that belongs behind it, then one byte that turns it into the next frame.
         data = b"".join([*blocks, b";"])
-        self.file.seek(self.end + 1)
-        if self.file.write(data[1:]) < len(data) - 1:
-            raise OSError(f"the disk is full: {self.path} ends here")
-        self.file.seek(self.end)
-        self.file.write(data[:1])
+        with open(self.path, "r+b", buffering=0) as file:
+            file.seek(self.end + 1)
+            if file.write(data[1:]) < len(data) - 1:
+                raise OSError(f"the disk is full: {self.path} ends here")
+            file.seek(self.end)
+            file.write(data[:1])
         self.end += len(data) - 1
 
 
