@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--steps", type=int, default=4, help="Euler steps a chunk")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
+    origin = provenance(torch.device("cpu"))               # now: a long run must name the commit it started from
     model, _ = load_model(args.checkpoint)
     chunks, settled = -(-args.frames // model.config.chunk), min(1000, args.frames // 3) // model.config.chunk
     times, early, most = array("d", bytes(8 * chunks)), 0, 0     # filled in place: a list of times would be the growth that is looked for
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
         written = gif.path.stat().st_size
     last = resident_kib()
     tenth = [times[i * chunks // 10:(i + 1) * chunks // 10] for i in range(10)]
-    report = {**provenance(torch.device("cpu")), "threads": torch.get_num_threads(), "frames": chunks * model.config.chunk, "chunks": chunks,
+    report = {**origin, "threads": torch.get_num_threads(), "frames": chunks * model.config.chunk, "chunks": chunks,
               "ms_per_chunk_by_tenth": [round(1000 * median(part), 2) for part in tenth],
               "resident_kib_after_1000_frames": early, "memory_growth_kib": last - early, "peak_memory_growth_kib": max(most, last) - early,
               "cache_bytes": model.make_cache(1).nbytes, "gif_bytes": written}
