@@ -164,6 +164,6 @@ def load_model(path: str | Path) -> tuple[VideoDiT, dict]:
     """(model, facts about its training) from a file written by `save_model`."""
     content = read_checkpoint(Path(path), {"config", "model", "about"})
     about = content["about"]
-    if not isinstance(about, dict):
-        raise ValueError(f"{path} is not a checkpoint of this project: its facts about the training run must be a dictionary")
+    if not isinstance(about, dict) or any(isinstance(fact, (dict, list, tuple, Tensor)) for fact in about.values()):
+        raise ValueError(f"{path} is not a checkpoint of this project: its facts about the training run must be names and plain values")
     return build_model(Path(path), content["config"], content["model"]), about

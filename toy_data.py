@@ -150,8 +150,7 @@ class Digits(Shapes):
         self.images, self.labels = bundle.images.astype(np.float32) / 16, bundle.target               # [1797, 8, 8] in [0, 1]
 
     def _thing(self, rng):
-        which = rng.integers(len(self.images))
-        return DIGITS[self.labels[which]], self.images[which]
+        return DIGITS[self.labels[which := rng.integers(len(self.images))]], self.images[which]
 
     def _cover(self, things, centre):
         y, x = _offsets(centre.flatten(0, 1) / (self.half_box * self.size), self.size, self.size, 1 / (self.half_box * self.size))
@@ -180,8 +179,7 @@ class Stored(Clips):
         clips = []
         for index in indices:
             rng = np.random.default_rng((self.seed, int(index)))
-            which = rng.integers(self.array.shape[0])
-            first = rng.integers(self.array.shape[1] - self.frames + 1)
+            which, first = rng.integers(self.array.shape[0]), rng.integers(self.array.shape[1] - self.frames + 1)
             window = self.array[which, first:first + self.frames, ..., :3].astype(np.float32)        # a copy, of this window only
             video = torch.from_numpy(window).permute(0, 3, 1, 2) * self.gain[0] + self.gain[1]       # [F, C, H, W] in [-1, 1]
             if video.shape[-2:] != (self.size, self.size):
@@ -220,15 +218,18 @@ def _read(path: Path, size: int):
             return np.load(path, mmap_mode="r", allow_pickle=False), ""
         if kind == ".npz":
             with np.load(path, allow_pickle=False) as archive:
+                if sum(member.file_size for member in archive.zip.infolist()) > 2**32:       # a file of 4 MB may unfold to that
+                    raise ValueError("it unfolds to more than 4 GiB: unpack it; an .npy file stays on disk")
                 key = next((k for k in ("data", "clips", "video") if k in archive.files), (archive.files or [""])[0])
                 return (archive[key] if key else np.empty(0)), f"array {key!r}, "
         if kind == ".gif":
             with tool.open(path) as gif:
+                if gif.n_frames * gif.width * gif.height > 2**30:
+                    raise ValueError(f"{gif.n_frames} pictures of {gif.width} x {gif.height} would fill the memory")
                 pictures = [np.asarray(picture.convert("RGB")) for picture in import_module("PIL.ImageSequence").Iterator(gif)]
         else:
             with tool.open(str(path)) as video:              # shrunk as it is decoded, or a minute of film would fill the memory
-                shrunk = {"width": size, "height": size, "format": "rgb24", "interpolation": "AREA"}
-                pictures = [picture.to_ndarray(**shrunk) for picture in video.decode(video=0)]
+                pictures = [frame.to_ndarray(width=size, height=size, format="rgb24", interpolation="AREA") for frame in video.decode(0)]
         return np.stack(pictures)[None], f"{len(pictures)} frames{' resized while decoding' if kind != '.gif' else ''}, "
     except Exception as error:    # whatever the decoder raised, the user learns which file, and why, in one line
         why = " ".join(str(error).split()) or type(error).__name__
@@ -392,8 +393,7 @@ def survival_report(video: torch.Tensor, captions: torch.Tensor, last: int = 12,
         return ((index(end) == wanted) & (wanted >= 0)).float().mean(1) >= 0.9
 
     pace = speed(end).mean(1) * 16 / min(video.shape[-2:])
-    held = {"alive": alive(end).float().mean(1) >= 0.9,
-            "colour": kept(colour_index, captions[:, 0], 1),
+    held = {"alive": alive(end).float().mean(1) >= 0.9, "colour": kept(colour_index, captions[:, 0], 1),
             "shape": kept(shape_index, captions[:, 1], WORDS.index(SHAPES[0])),
             "moving": (pace >= 0.5 * SPEEDS["slow"][0]) & (pace <= 1.5 * SPEEDS["fast"][1])}
     held["survival"] = held["alive"] & held["colour"] & held["moving"]

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import pickle
-import shutil
 import signal
 import tempfile
 import time
@@ -336,6 +335,23 @@ def test_a_damaged_clip_file_is_refused_or_read(clips, data):
     with folder_with(name, content) as path, pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Trainer", start_training)
         ask(train.main, [f"--data={path}", f"--out={path.parent / 'out'}", "--device=cpu", *SMALL], path.parent)
+
+
+def test_clip_files_that_would_fill_the_memory_are_refused_before_they_do(tmp_path):
+    """A GIF of 300 empty pictures on a screen of 9000 x 9000, and an archive of 5 MB that unfolds to 5 GB."""
+    pictures, made = [Image.new("P", (1, 1), i) for i in range(250)], io.BytesIO()
+    pictures[0].save(made, "GIF", save_all=True, append_images=pictures[1:], optimize=False)
+    screen = (9000).to_bytes(2, "little") * 2
+    (tmp_path / "bomb.gif").write_bytes(made.getvalue()[:6] + screen + made.getvalue()[10:])
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("clips.npy", "w", force_zip64=True) as file:
+            for _ in range(5 * 2**10):
+                file.write(bytes(2**20))
+    for name, word in (("bomb.gif", "would fill the memory"), ("bomb.npz", "unfolds")):
+        start = time.perf_counter()
+        said = ask(train.main, [f"--data={tmp_path / name}", f"--out={tmp_path / 'out'}", "--device=cpu"], tmp_path)
+        assert said and word in said, f"{name}: {said}"
+        assert time.perf_counter() - start < 5, f"{name}: refused, but only after {time.perf_counter() - start:.0f} s"
 
 
 @st.composite
