@@ -229,7 +229,7 @@ def _read(path: Path, size: int):
                 pictures = [np.asarray(picture.convert("RGB")) for picture in import_module("PIL.ImageSequence").Iterator(gif)]
         else:
             with tool.open(str(path)) as video:              # shrunk as it is decoded, or a minute of film would fill the memory
-                pictures = [frame.to_ndarray(width=size, height=size, format="rgb24", interpolation="AREA") for frame in video.decode(0)]
+                pictures = [f.to_ndarray(width=size, height=size, format="rgb24", interpolation="AREA") for f in video.decode(video=0)]
         return np.stack(pictures)[None], f"{len(pictures)} frames{' resized while decoding' if kind != '.gif' else ''}, "
     except Exception as error:    # whatever the decoder raised, the user learns which file, and why, in one line
         why = " ".join(str(error).split()) or type(error).__name__
