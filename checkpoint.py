@@ -9,6 +9,7 @@ pickle may mention). tests/test_hostile.py feeds them damaged and hostile files,
 import os
 import pickletools
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import asdict
@@ -68,8 +69,10 @@ def read_checkpoint(path: Path, keys: set[str]) -> dict:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}: train one with `python train.py`, or name another with --checkpoint")
     try:
-        _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():                    # one line says what is wrong, and not two
+            warnings.simplefilter("ignore")
+            _check_archive(path)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                             # zipfile, pickle and torch raise a dozen kinds for a broken file
         why = str(error) if type(error) is ValueError else type(error).__name__
         raise ValueError(f"{path} is not a readable checkpoint (cut short, damaged, or not written by train.py): {why}") from error
@@ -104,6 +107,8 @@ def _check_archive(path: Path) -> None:
         for member in members:
             if member.filename.endswith(".pkl"):
                 for opcode, argument, _ in pickletools.genops(archive.read(member)):
+                    if opcode.name == "PROTO" and argument != 2:
+                        raise ValueError(f"its pickle is of version {argument}")
                     if opcode.name == "GLOBAL" and argument not in NAMES:
                         raise ValueError(f"it names {argument!r}, which is no tensor of a kind that training writes")
 

@@ -188,6 +188,7 @@ class Stored(Clips):
         return torch.stack(clips), torch.zeros(len(clips), CAPTION_SLOTS, dtype=torch.long)
 
 
+@np.errstate(all="ignore")     # a damaged header overflows before it is refused: one line says so, not two
 def make_world(data: str, frames: int = 12, size: int = 16, seed: int = 0) -> Clips:
     """The world named `data` ("shapes", "digits", "occluder"), or the clips in the file of that path, as `size` x `size` frames.
     FileNotFoundError, ValueError or ModuleNotFoundError, one line each, says what is wrong and what would be right."""
@@ -232,7 +233,7 @@ def _read(path: Path, size: int):
                 pictures = [f.to_ndarray(width=size, height=size, format="rgb24", interpolation="AREA") for f in video.decode(video=0)]
         return np.stack(pictures)[None], f"{len(pictures)} frames{' resized while decoding' if kind != '.gif' else ''}, "
     except Exception as error:    # whatever the decoder raised, the user learns which file, and why, in one line
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{path}: damaged, or not really a {kind} file ({why})") from error
 
 
@@ -268,8 +269,7 @@ def _value_range(array: np.ndarray, path: Path):
     raise ValueError(f"{path}: values from {low:g} to {high:g}; expected finite floats in [0, 1], [-1, 1] or [0, 255], or uint8")
 
 
-# ----------------------------------------------------------------------------------------------------- metrics (shapes world)
-# Each takes video [B, F, 3, h, w] in [-1, 1] (clamped if beyond) and answers per frame, so that drift is a curve.
+# ---- metrics (shapes world): each takes video [B, F, 3, h, w] in [-1, 1] (clamped if beyond) and answers per frame: drift is a curve -
 
 DROP = (0.0, 0.0, HALF_BOX / 3)  # a triangle's centre of mass is this far below its box's centre: a sixth of its height
 EDGE = 0.6                       # width of the ramp in `_subject`; templates are drawn with the same

@@ -158,7 +158,8 @@ def test_a_gif_is_whole_after_every_single_byte(tmp_path, monkeypatch):
     for i, (at, byte) in enumerate(writes):
         content[at:at + 1] = byte
         part.write_bytes(content)
-        assert len(found := frames_of(part)) == (2 if i + 1 < len(writes) else 4), f"{len(found)} frames after {i + 1} of {len(writes)} bytes"
+        found, expected = frames_of(part), 2 if i + 1 < len(writes) else 4
+        assert len(found) == expected, f"{len(found)} frames after {i + 1} of {len(writes)} bytes"
         assert (found == video[:len(found)]).all(), f"a frame changed after {i + 1} of {len(writes)} bytes"
     assert bytes(content) == path.read_bytes()
 
@@ -176,8 +177,8 @@ def test_an_older_gif_stays_until_the_new_one_has_frames(tmp_path, monkeypatch):
 # ---- without end ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sizes", [dict(window=12, sink=0), dict(window=6, sink=1), dict(window=6, sink=2), dict(window=4, sink=1)])
-def test_after_a_billion_years_a_chunk_stands_where_it_stood(sizes):
-    """Positions of frame 10**17 (at 16 frames a second, two hundred million years) are those of a window just filled, up to the ring's turn."""
+def test_after_two_hundred_million_years_a_chunk_stands_where_it_stood(sizes):
+    """Positions of frame 10**17 (at 16 frames a second, two hundred million years) are those of a window just filled."""
     model = VideoDiT(replace(TINY, **sizes))
     cache = model.make_cache(1)
     ring = max(cache.ring, 1)
