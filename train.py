@@ -13,7 +13,11 @@ the last stage that can stream), sample.gif, loss_STAGE.png and report_STAGE.jso
 """
 
 import argparse
+import contextlib
 import json
+import math
+import os
+import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,9 +26,10 @@ from statistics import mean
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model, read_checkpoint, save_model, write_atomically
+from checkpoint import load_model, previous, read_last_good, save_model, write_atomically
 from mla_video import PRESETS, Config, VideoDiT
 from objectives import score_loss, teacher_forcing_loss
+from parallel import any_of, join, rank, world as processes
 from sample import (PROMPTS, SAMPLERS, GifWriter, cache_line, evaluate, pick_device, provenance, report_survival, rollout, run, to_pixels,
                     unseen_captions)
 from toy_data import CAPTION_SLOTS, WORDS, encode_caption, make_world
@@ -38,16 +43,40 @@ def save(trainer: Trainer, out: Path) -> None:
     """Write train.pt; ValueError, and the file as it was, if the weights are not numbers any more."""
     if not all(weight.isfinite().all() for weight in trainer.learner.weights):
         raise ValueError(f"training diverged: the weights are not finite at step {trainer.step}; the last good checkpoint is kept in {out}")
-    write_atomically(out / "train.pt", trainer.state())
+    state = trainer.state()
+    if rank() == 0:
+        write_atomically(out / "train.pt", state, keep=True)
+
+
+@contextlib.contextmanager
+def between_steps():
+    """Ctrl-C and SIGTERM wait until a step is whole, or the weights that are saved would be half-way between two steps; a second one
+    does not wait. Yields the list of signals so far."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt(number)
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int = 250) -> list[dict]:
-    """Run up to recipe.steps in all. Saves every `save_every` steps, at the end, and on Ctrl-C. With `curve`, judges 64 rollouts
+    """Run up to recipe.steps in all. Saves at once (what cannot be written is better known now), every `save_every` steps, at the end,
+    and on Ctrl-C or SIGTERM. With `curve`, judges 64 rollouts
     every so many steps and returns what it found; trainer.seconds counts training alone."""
     steps, stage, found = trainer.recipe.steps, trainer.recipe.stage, []
-    bar = tqdm(total=steps, initial=trainer.step, desc=f"training {stage}", dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=trainer.step, desc=f"training {stage}", dynamic_ncols=True, disable=rank() > 0)
+    if trainer.step == 0:
+        save(trainer, out)
     start = time.perf_counter() - trainer.seconds
-    try:
+    with between_steps() as asked, bar:
         for x0, caption in trainer.batches():
             trainer.update(x0, caption)
             bar.update()
@@ -65,18 +94,19 @@ def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int = 250) ->
                 found.append({"step": trainer.step, "seconds": round(trainer.seconds, 1), **report})
                 tqdm.write(f"step {trainer.step}, {trainer.seconds:.0f} s: survival {100 * report['survival']:.0f} %")
                 start = time.perf_counter() - trainer.seconds
-    except KeyboardInterrupt:
-        save(trainer, out)
-        finish(trainer, out)
-        raise
-    finally:
-        bar.close()
+            if any_of(bool(asked), trainer.device):
+                save(trainer, out)
+                finish(trainer, out)
+                raise KeyboardInterrupt(*asked[:1])
     return found
 
 
 def finish(trainer: Trainer, out: Path) -> None:
     """Write the moving average: STAGE.pt, from which the next stage starts, and model.pt, which sample.py plays."""
     r = trainer.recipe
+    trainer.put_together()
+    if rank():
+        return
     for name in (r.stage, "model") if r.stage in SAMPLERS else (r.stage,):
         save_model(out / f"{name}.pt", trainer.ema, data=trainer.world.name, stage=r.stage, steps=trainer.step, seed=r.seed)
 
@@ -132,6 +162,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, up to --steps in all")
     parser.add_argument("--evaluate", type=int, default=64, metavar="N", help="rollouts to judge at the end of a stage; 0: none")
     parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="judge 64 rollouts every so many steps, too; 0: never")
+    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="steps between two saves of train.pt")
+    parser.add_argument("--shard", action="store_true", help="with torchrun: divide weights and optimisers among the processes, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run(train_from, parser.parse_args(argv))
@@ -159,11 +191,13 @@ def make_recipe(args, stage: str, device: torch.device) -> Recipe:
 
 def train_from(args) -> None:
     """Everything is checked before anything is written. ValueError in one line for what the user can mend."""
-    device, out = pick_device(args.device), Path(args.out)
-    for name, low in (("steps", 1), ("batch", 1), ("evaluate", 0), ("curve", 0), ("seed", 0)):
-        if (value := getattr(args, name)) is not None and value < low:
-            raise ValueError(f"--{name} must be at least {low}, got {value}")
+    device, out = join(pick_device(args.device)), Path(args.out)
+    for name, low, top in (("steps", 1, 10**9), ("batch", 1, 2**16), ("evaluate", 0, 10_000), ("curve", 0, 10**9), ("save_every", 1, 10**9),
+                           ("seed", 0, 2**31)):
+        if (value := getattr(args, name)) is not None and not low <= value <= top:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low} and at most {top}, got {value}")
     config = make_config(args)
+    check_memory(config, device)
     world = make_world(args.data, frames=config.frames, size=config.height, seed=args.seed)
     stages = STAGES if args.stage == "all" else (args.stage,)
     if args.curve and (world.name != "shapes" or args.stage == "score"):
@@ -173,8 +207,8 @@ def train_from(args) -> None:
     state = load_state(out / "train.pt", stages, config, world, args, device) if args.resume else None
     if state:
         stages = stages[stages.index(state["recipe"]["stage"]):]
-    elif (out / "train.pt").exists():
-        other = read_checkpoint(out / "train.pt", {"recipe", "step"})
+    elif (out / "train.pt").exists() or previous(out / "train.pt").exists():
+        other = read_last_good(out / "train.pt", {"recipe", "step"})
         if args.stage in ("all", other["recipe"]["stage"]) or other["step"] < other["recipe"]["steps"]:
             raise ValueError(f"{out / 'train.pt'} exists (stage {other['recipe']['stage']}, step {other['step']}): go on from it with --resume, or choose "
                              "another folder with --out")
@@ -182,7 +216,20 @@ def train_from(args) -> None:
     torch.set_float32_matmul_precision("medium")
     for stage in stages:
         train_stage(args, make_recipe(args, stage, device), config, world, state, device, out)
+        any_of(False, device)                              # process 0 has written what the next stage starts from
         state = None
+
+
+def check_memory(config: Config, device: torch.device) -> None:
+    """ValueError in one line if weights, gradients, average and optimisers cannot fit: better than the system's sudden end."""
+    with torch.device("meta"):
+        one, two = (sum(p.numel() for p in VideoDiT(replace(config, layers=n)).parameters()) for n in (1, 2))
+    need = 4 * 5 * (one + (config.layers - 1) * (two - one)) // processes()
+    room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else \
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else need
+    if need > room:
+        raise ValueError(f"training this model takes {need / 2**30:,.0f} GiB for weights and optimisers alone, and there are "
+                         f"{room / 2**30:,.0f}: choose a smaller --preset or --config, or more processes and --shard")
 
 
 def train_stage(args, recipe: Recipe, config: Config, world, state: dict | None, device: torch.device, out: Path) -> None:
@@ -199,7 +246,7 @@ def train_stage(args, recipe: Recipe, config: Config, world, state: dict | None,
         if stage == "dmd":
             starts.append(str(args.score or out / "score.pt"))
             score = load_start(Path(starts[-1]), stage, ("score",), config, world)
-    trainer = Trainer(model, recipe, world, device, score)
+    trainer = Trainer(model, recipe, world, device, score, args.shard)
     if state:
         trainer.restore(state)
     origin = provenance(device)                            # now: a long run must name the commit it started from
@@ -209,8 +256,10 @@ def train_stage(args, recipe: Recipe, config: Config, world, state: dict | None,
     if world.reads:
         print(f"data         {world.reads}")
     print(cache_line(trainer.model, 1))
-    curve = train(trainer, out, args.curve)
+    curve = train(trainer, out, args.curve, args.save_every)
     finish(trainer, out)
+    if rank():
+        return
     if trainer.losses:
         draw_losses(trainer.losses, stage, out / f"loss_{stage}.png")
     noise, judged = None, None
@@ -250,10 +299,13 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
 
 def load_state(path: Path, stages: tuple[str, ...], config: Config, world, args, device: torch.device) -> dict:
     """The training state at `path`, if it is a run of these stages, config, data, batch and seed; ValueError in one line otherwise."""
-    state = read_checkpoint(path, {"config", "recipe", "data", "step", "seconds", "learner", "critic", "frozen", "videos", "age", "ema", "losses"})
-    stage = state["recipe"].get("stage")
+    state = read_last_good(path, {"config", "recipe", "data", "step", "seconds", "learner", "critic", "frozen", "videos", "age", "ema",
+                                  "losses", "recent"})
+    if not all(isinstance(state[part], dict) for part in ("config", "recipe")) or not {"stage", "batch", "seed"} <= set(state["recipe"]):
+        raise ValueError(f"{path} is not a training state: its config and recipe must be dictionaries of values")
+    stage = state["recipe"]["stage"]
     if stage not in stages:
-        raise ValueError(f"cannot resume {path}: it is at stage {stage}, and you ask for {' '.join(stages)}")
+        raise ValueError(f"cannot resume {path}: it is at stage {str(stage)[:40]!r}, and you ask for {' '.join(stages)}")
     recipe = make_recipe(args, stage, device)
     for what, mine, theirs in (("config", asdict(config), state["config"]), ("data", world.name, state["data"]),
                                ("batch", recipe.batch, state["recipe"]["batch"]), ("seed", recipe.seed, state["recipe"]["seed"])):

@@ -8,6 +8,7 @@ import math
 import random
 import signal
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from statistics import mean
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mla_video import VideoDiT
 from objectives import consistency_loss, critic_loss, dmd_gradient, dmd_loss, score_loss, self_rollout, teacher_forcing_loss
+from parallel import OneStream, all_rows, like, mean_over_processes, mine, shard, whole, world
 from sample import FEW_STEPS
 
 STAGES = ("score", "tf", "cd", "dmd")                      # in this order; each starts from the weights of the one before
@@ -83,6 +85,8 @@ class Learner:
 
     def step(self, loss: Tensor, rate: Tensor) -> Tensor:
         loss.backward()
+        if world() > 1:
+            loss = mean_over_processes(loss, self.weights)
         torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
         before = [weight.detach().clone() for weight in self.weights]
         for optimiser in self.optimisers:
@@ -96,9 +100,23 @@ class Learner:
         return {"model": self.model.state_dict(), "optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
 
     def restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"]):
-            optimiser.load_state_dict(saved)
+        """ValueError if the state is of other weights. Rates come from the recipe and not from the file."""
+        put(state["model"], self.model)
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            known = {"momentum_buffer"} if isinstance(optimiser, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            groups = optimiser.state_dict()["param_groups"]
+            weights, memory = optimiser.param_groups[0]["params"], {}
+            for i, entry in saved["state"].items():
+                if set(entry) != known or any(value.shape not in ((), weights[i].shape) for value in entry.values()):
+                    raise ValueError("its optimisers are of another model")
+                memory[i] = {name: like(value, weights[i]) for name, value in entry.items()}
+            optimiser.load_state_dict({"state": memory, "param_groups": groups})
+
+
+def put(weights: dict[str, Tensor], model: VideoDiT) -> None:
+    """Whole weights into a model, which may be sharded."""
+    own = model.state_dict()
+    model.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in weights.items()})
 
 
 class Recorded:
@@ -134,10 +152,10 @@ class Steps(Dataset):
     """Batches by the number of their step. (Holds no trainer: worker processes must not inherit a GPU.)"""
 
     def __init__(self, trainer):
-        self.world, self.size = trainer.world, trainer.recipe.batch
+        self.world, self.size, self.rows = trainer.world, trainer.recipe.batch, mine(trainer.recipe.batch)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        return self.world.batch(range(step * self.size, (step + 1) * self.size))
+        return self.world.batch(range(step * self.size, (step + 1) * self.size)[self.rows])
 
 
 def leave_interrupts_alone(worker: int) -> None:
@@ -154,15 +172,19 @@ class Trainer:
     is `ema`. dmd: `score` is the frozen real score, and the critic starts as its copy.
     """
 
-    def __init__(self, model: VideoDiT, recipe: Recipe, world, device: torch.device, score: VideoDiT | None = None):
+    def __init__(self, model: VideoDiT, recipe: Recipe, world, device: torch.device, score: VideoDiT | None = None, sharded: bool = False):
         self.model, self.recipe, self.world, self.device = model.to(device).train(), recipe, world, device
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.learner, self.critic = Learner(self.model, recipe), None
         if recipe.stage == "cd":
             self.teacher = copy.deepcopy(self.ema)
         if recipe.stage == "dmd":
             self.score = copy.deepcopy(score).to(device).eval().requires_grad_(False)
-            self.critic = Learner(copy.deepcopy(self.score).train().requires_grad_(True), recipe, recipe.critic)
+            critic = copy.deepcopy(self.score).train().requires_grad_(True)
+        if sharded:                                        # after the copies and before the optimisers, which must hold the shards
+            for network in (self.model, self.ema, *(vars(self).get(name) for name in ("teacher", "score")), recipe.stage == "dmd" and critic):
+                network and shard(network)
+        self.learner = Learner(self.model, recipe)
+        self.critic = Learner(critic, recipe, recipe.critic) if recipe.stage == "dmd" else None
         self.step, self.seconds = 0, 0.0
         self.losses, self.recent = defaultdict(list), []   # every tenth, as numbers; those since, still on the device
         self.generator = torch.Generator(device)
@@ -208,7 +230,8 @@ class Trainer:
     def _run(self, key, function, *inputs: Tensor) -> tuple[Tensor, ...]:
         if key not in self.recorded:
             self.recorded[key] = Recorded(function, self.generator, self.pool)
-        return self.recorded[key](*inputs)
+        with OneStream() if world() > 1 else nullcontext():
+            return self.recorded[key](*inputs)
 
     def _self_forced(self, function, name: str, dice: random.Random, caption, *numbers) -> Tensor:
         """A step on a self-rollout: of new videos now and then, else of those of the last step, 12 frames older each time; some of them
@@ -256,22 +279,43 @@ class Trainer:
     # ---- going on, and stopping -----------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        """All that `--resume` needs, as tensors and plain values."""
+        """All that `--resume` needs, as tensors and plain values. All processes must ask: what they share is put together."""
         state = {"config": asdict(self.model.config), "recipe": asdict(self.recipe), "data": self.world.name, "step": self.step,
-                 "seconds": self.seconds, "losses": dict(self.losses), "ema": self.ema.state_dict(), "learner": self.learner.state()}
-        frozen = {name: getattr(self, name).state_dict() for name in ("teacher", "score") if hasattr(self, name)}
-        return {**state, "frozen": frozen, "critic": self.critic.state() if self.critic else None, "videos": self.videos, "age": self.age}
+                 "seconds": self.seconds, "losses": dict(self.losses), "recent": list(self.recent), "age": self.age,
+                 "videos": self.videos and [all_rows(part, min(i, 1)) for i, part in enumerate(self.videos)],
+                 "ema": self.ema.state_dict(), "learner": self.learner.state(), "critic": self.critic.state() if self.critic else None}
+        return whole({**state, "frozen": {name: getattr(self, name).state_dict() for name in ("teacher", "score") if hasattr(self, name)}})
 
     def restore(self, state: dict) -> None:
-        self.learner.restore(state["learner"])
-        self.ema.load_state_dict(state["ema"])
-        for name, weights in state["frozen"].items():
-            getattr(self, name).load_state_dict(weights)
-        if self.critic:
-            self.critic.restore(state["critic"])
-        self.step, self.seconds, self.age = state["step"], state["seconds"], state["age"]
-        self.videos = state["videos"] and [part.to(self.device) for part in state["videos"]]
-        self.losses = defaultdict(list, {name: list(values) for name, values in state["losses"].items()})
+        """Go on from `state()`. ValueError if it is the state of something else."""
+        try:
+            self.learner.restore(state["learner"])
+            put(state["ema"], self.ema)
+            for name in ("teacher", "score"):
+                if hasattr(self, name):
+                    put(state["frozen"][name], getattr(self, name))
+            if self.critic:
+                self.critic.restore(state["critic"])
+                self._restore_videos(state["videos"], int(state["age"]))
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.losses = defaultdict(list, {str(name): [(int(step), float(loss)) for step, loss in pairs]
+                                             for name, pairs in state["losses"].items()})
+            self.recent = [(int(step), str(name), loss.to(self.device).view(())) for step, name, loss in state["recent"]]
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"not the state of a {self.recipe.stage} run of this model ({type(error).__name__})") from error
+
+    def _restore_videos(self, videos: list[Tensor] | None, age: int) -> None:
+        B, c = self.recipe.batch, self.model.config
+        wanted = [torch.Size((B, c.slots)), *(buffer.shape for buffer in self.model.make_cache(B).buffers)]
+        if videos and [part.shape for part in videos] != wanted or age < 0:
+            raise ValueError("its videos under way are of another model")
+        self.videos = videos and [part.to(self.device)[(slice(None),) * (i > 0) + (mine(B),)] for i, part in enumerate(videos)]
+        self.age = age
+
+    def put_together(self) -> None:
+        """Training is over: the average as an ordinary model again, on every process."""
+        weights, self.ema = whole(self.ema.state_dict()), VideoDiT(self.model.config).to(self.device).eval().requires_grad_(False)
+        self.ema.load_state_dict(weights)
 
     def read_losses(self) -> None:
         """Take the losses since the last call off the device; ValueError that names the first one that says training diverged."""
