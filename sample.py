@@ -286,9 +286,12 @@ def run(action, arguments) -> None:
 def pick_device(name: str) -> torch.device:
     """A device that exists; ValueError in one line otherwise."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"{name!r} is no device that this program runs on; give cpu, cuda, cuda:N or mps")
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def sample_from(args) -> None:

@@ -43,9 +43,10 @@ def save(trainer: Trainer, out: Path) -> None:
     """Write train.pt; ValueError, and the file as it was, if the weights are not numbers any more."""
     if not all(weight.isfinite().all() for weight in trainer.learner.weights):
         raise ValueError(f"training diverged: the weights are not finite at step {trainer.step}; the last good checkpoint is kept in {out}")
-    state = trainer.state()
+    start, state = time.perf_counter(), trainer.state()
     if rank() == 0:
         write_atomically(out / "train.pt", state, keep=True)
+    trainer.saving += time.perf_counter() - start
 
 
 @contextlib.contextmanager
@@ -197,9 +198,14 @@ def train_from(args) -> None:
         if (value := getattr(args, name)) is not None and not low <= value <= top:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low} and at most {top}, got {value}")
     config = make_config(args)
-    check_memory(config, device)
+    check_memory(config, device, processes() if args.shard else 1)
     world = make_world(args.data, frames=config.frames, size=config.height, seed=args.seed)
     stages = STAGES if args.stage == "all" else (args.stage,)
+    if args.shard and processes() == 1:
+        raise ValueError("--shard divides a model among several processes: start them with torchrun --nproc_per_node=N train.py ...")
+    for stage in stages:
+        if (batch := make_recipe(args, stage, device).batch) % processes():
+            raise ValueError(f"a batch of {batch} clips cannot be divided among {processes()} processes: choose another --batch")
     if args.curve and (world.name != "shapes" or args.stage == "score"):
         raise ValueError(f"--curve judges rollouts in the shapes world, whose truth is known; not in {world.name}, and not of a score model")
     if args.stage == "all" and (args.start or args.score):
@@ -208,7 +214,7 @@ def train_from(args) -> None:
     if state:
         stages = stages[stages.index(state["recipe"]["stage"]):]
     elif (out / "train.pt").exists() or previous(out / "train.pt").exists():
-        other = read_last_good(out / "train.pt", {"recipe", "step"})
+        other = read_state(out / "train.pt")
         if args.stage in ("all", other["recipe"]["stage"]) or other["step"] < other["recipe"]["steps"]:
             raise ValueError(f"{out / 'train.pt'} exists (stage {other['recipe']['stage']}, step {other['step']}): go on from it with --resume, or choose "
                              "another folder with --out")
@@ -220,11 +226,11 @@ def train_from(args) -> None:
         state = None
 
 
-def check_memory(config: Config, device: torch.device) -> None:
+def check_memory(config: Config, device: torch.device, shards: int) -> None:
     """ValueError in one line if weights, gradients, average and optimisers cannot fit: better than the system's sudden end."""
     with torch.device("meta"):
         one, two = (sum(p.numel() for p in VideoDiT(replace(config, layers=n)).parameters()) for n in (1, 2))
-    need = 4 * 5 * (one + (config.layers - 1) * (two - one)) // processes()
+    need = 4 * 5 * (one + (config.layers - 1) * (two - one)) // shards
     room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else need
     if need > room:
@@ -275,7 +281,8 @@ def train_stage(args, recipe: Recipe, config: Config, world, state: dict | None,
         if args.evaluate and world.name == "shapes":
             judged = report_survival(trainer.ema, args.evaluate, 10 * config.frames, args.seed, **SAMPLERS[stage])
     report = {**origin, "stage": stage, "attention": config.attention, "steps": trainer.step, "batch": recipe.batch, "seed": args.seed,
-              "training_seconds": round(trainer.seconds, 1), "loss_by_noise": noise, "rollouts": args.evaluate, "survival": judged, "curve": curve}
+              "training_seconds": round(trainer.seconds, 1), "saving_seconds": round(trainer.saving, 2),
+              "processes": processes(), "loss_by_noise": noise, "rollouts": args.evaluate, "survival": judged, "curve": curve}
     (out / f"report_{stage}.json").write_text(json.dumps(report, indent=1))
     print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
     if stage in SAMPLERS:
@@ -297,22 +304,30 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
     return model.float()
 
 
-def load_state(path: Path, stages: tuple[str, ...], config: Config, world, args, device: torch.device) -> dict:
-    """The training state at `path`, if it is a run of these stages, config, data, batch and seed; ValueError in one line otherwise."""
+def read_state(path: Path) -> dict:
+    """The training state at `path`, or the one saved before it; ValueError in one line if it is none."""
     state = read_last_good(path, {"config", "recipe", "data", "step", "seconds", "learner", "critic", "frozen", "videos", "age", "ema",
                                   "losses", "recent"})
-    if not all(isinstance(state[part], dict) for part in ("config", "recipe")) or not {"stage", "batch", "seed"} <= set(state["recipe"]):
-        raise ValueError(f"{path} is not a training state: its config and recipe must be dictionaries of values")
+    config, recipe = state["config"], state["recipe"]
+    if not isinstance(config, dict) or not isinstance(recipe, dict) or recipe.get("stage") not in STAGES or \
+            not all(type(number) is int for number in (state["step"], *(recipe.get(name) for name in ("steps", "batch", "seed")))):
+        raise ValueError(f"{path} is not a training state: its config, recipe or step is not of a run of this program")
+    return state
+
+
+def load_state(path: Path, stages: tuple[str, ...], config: Config, world, args, device: torch.device) -> dict:
+    """The training state at `path`, if it is a run of these stages, config, data, batch and seed; ValueError in one line otherwise."""
+    state = read_state(path)
     stage = state["recipe"]["stage"]
     if stage not in stages:
-        raise ValueError(f"cannot resume {path}: it is at stage {str(stage)[:40]!r}, and you ask for {' '.join(stages)}")
+        raise ValueError(f"cannot resume {path}: it is at stage {stage}, and you ask for {' '.join(stages)}")
     recipe = make_recipe(args, stage, device)
     for what, mine, theirs in (("config", asdict(config), state["config"]), ("data", world.name, state["data"]),
                                ("batch", recipe.batch, state["recipe"]["batch"]), ("seed", recipe.seed, state["recipe"]["seed"])):
         if mine != theirs:
             if isinstance(mine, dict):                     # name the settings that differ, not all of them
                 mine, theirs = ({key: d[key] for key in mine if mine[key] != theirs.get(key) and key in d} for d in (mine, theirs))
-            raise ValueError(f"cannot resume {path}: it was trained with {what} {theirs}, and you ask for {mine}")
+            raise ValueError(f"cannot resume {path}: it was trained with {what} {str(theirs)[:200]}, and you ask for {mine}")
     return state
 
 

@@ -185,7 +185,7 @@ class Trainer:
                 network and shard(network)
         self.learner = Learner(self.model, recipe)
         self.critic = Learner(critic, recipe, recipe.critic) if recipe.stage == "dmd" else None
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.saving = 0, 0.0, 0.0     # seconds of training, and those of them spent on saves since the start
         self.losses, self.recent = defaultdict(list), []   # every tenth, as numbers; those since, still on the device
         self.generator = torch.Generator(device)
         self.videos, self.age = None, 0                    # dmd: captions and cache of the videos under way

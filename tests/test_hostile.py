@@ -389,7 +389,7 @@ def test_sample_answers_any_flags(good, argv):
 
 sizes = st.sampled_from(sorted(asdict(TINY)))
 settings_of_a_config = st.one_of(st.builds("{}={}".format, sizes, st.one_of(st.integers(1, 64), numbers)), words)
-TRAIN = dict(attention=st.sampled_from(["mla", "dense"]), data=st.sampled_from(["shapes", "digits", "occluder"]), steps=numbers,
+TRAIN = {"save-every": numbers} | dict(attention=st.sampled_from(["mla", "dense"]), data=st.sampled_from(["shapes", "digits", "occluder"]), steps=numbers,
              batch=numbers, config=settings_of_a_config, evaluate=numbers, curve=numbers, seed=numbers, start=words, score=words,
              stage=st.sampled_from(["tf", "cd", "score", "dmd", "all"]),
              preset=st.sampled_from(sorted(PRESETS)), device=SAMPLE["device"], out=words)
@@ -428,4 +428,5 @@ def test_a_damaged_run_is_refused_or_goes_on(started, data):
 
     with folder_with("train.pt", content) as path, pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train", begin)
-        ask(train.main, [*SMALL, "--steps=2", "--batch=2", "--evaluate=0", "--device=cpu", f"--out={path.parent}", "--resume"], path.parent)
+        argv = [*SMALL, "--steps=2", "--batch=2", "--evaluate=0", "--device=cpu", f"--out={path.parent}"]
+        ask(train.main, argv + ["--resume"] * data.draw(st.sampled_from((1, 1, 1, 0))), path.parent)
