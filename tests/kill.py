@@ -54,20 +54,21 @@ def saved_step(out: Path) -> int:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=300, help="steps of the run")
-    parser.add_argument("--longest", type=float, default=2.0, help="seconds that a run lives at most")
+    parser.add_argument("--steps", type=int, default=3000, help="steps of the run")
+    parser.add_argument("--longest", type=float, default=1.2, help="seconds that a run lives at most")
     parser.add_argument("--stage", default="tf")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    origin = train.provenance(torch.device("cpu"))
     flags, dice, began = [f"--steps={args.steps}", f"--stage={args.stage}"], random.Random(args.seed), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         _, status = os.waitpid(start(folder / "whole", folder / "log", flags), 0)
         assert status == 0, f"the undisturbed run failed: {(folder / 'log').read_text()[-500:]}"
         whole = read_last_good(folder / "whole" / "train.pt", {"ema"})
-        kills, rounds, lost = 0, 0, []
+        kills, rounds, saving, training, lost = 0, 0, 0, 0, []
         while kills < args.kills or rounds == 0:
             out, before = folder / f"round{rounds}", 0
             while True:
@@ -84,6 +85,8 @@ def main(argv: list[str] | None = None) -> dict:
                 shown = [int(step) for step in re.findall(rf"(\d+)/{args.steps}\b", (folder / "log").read_text())]
                 now = saved_step(out)
                 lost.append(max([now, *shown]) - now)
+                training += now < args.steps               # the others met the pictures and figures after the last step
+                saving += (out / "train.pt.part").exists()
                 assert now >= before, f"kill {kills}: step {before} was saved once, and now the last good save is of step {now}"
                 assert lost[-1] <= EVERY, f"kill {kills} cost {lost[-1]} steps; it saves every {EVERY}"
                 before = now
@@ -93,7 +96,8 @@ def main(argv: list[str] | None = None) -> dict:
             assert parts["losses"] == whole["losses"], "the curve of losses differs from the undisturbed run's"
             rounds += 1
             print(f"{kills} kills, {rounds} finished runs, all equal to the undisturbed one, bit for bit", flush=True)
-    report = {**train.provenance(torch.device("cpu")), "stage": args.stage, "kills": kills, "good_restarts": kills, "runs_finished": rounds,
+    report = {**origin, "stage": args.stage, "kills": kills, "good_restarts": kills, "runs_finished": rounds,
+              "kills_in_training": training, "kills_within_a_save": saving,
               "steps": args.steps, "save_every": EVERY, "most_steps_lost": max(lost), "mean_steps_lost": round(sum(lost) / len(lost), 1),
               "seconds": round(time.perf_counter() - began)}
     print(json.dumps(report, indent=1))
