@@ -13,6 +13,7 @@ imports it for the loss, so that sign and direction of time cannot disagree):
 """
 
 import argparse
+import copy
 import math
 import os
 import shutil
@@ -52,13 +53,26 @@ def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
 
 
 class CompiledChunk:
-    """A model's `denoise` and `commit` over one full window, as one compiled graph: the same two verbs, for the same chunk shape.
+    """A model's `denoise` and `commit` over one full window, compiled: the same two verbs, for the same chunk shape.
 
-    `fullgraph=True`: what cannot be compiled raises here and is not skipped. Positions, slots and the counter are tensors, so no pass
-    recompiles and none waits for the host. The commit is the same graph at sigma = 0, then a copy of the chunk's rows to their slots.
-    On a GPU both are captured as CUDA graphs: a pass is one launch, and its result stands in a buffer that the next pass overwrites.
+    All blocks run the same code on tensors of the same shapes, so *one* block is compiled, and every layer calls that graph with its own
+    weights and rows; a graph of all 30 layers takes Inductor minutes and runs no faster. `fullgraph=True`: what cannot be compiled raises
+    here and is not skipped. Positions, slots and the counter are tensors, so no pass recompiles and none waits for the host. The commit is
+    the same pass at sigma = 0, then a copy of the chunk's rows to their slots. On a GPU both are captured whole as CUDA graphs: a pass is
+    one launch, and its result stands in a buffer that the next pass overwrites.
     `cache` is replaced by `window`, which starts as its copy. tests/test_fast_path.py: one graph, no recompilation, same video.
     """
+
+    class Layer:
+        """A block as `VideoDiT` calls it. What it sees comes from a window of one layer: a number of the layer would be a constant of the
+        graph, and each layer would get a graph of its own."""
+
+        def __init__(self, block, window: FullWindow, layer: int, step):
+            self.block, self.attention, self.window, self.step = block, block.attention, copy.copy(window), step
+            self.window.rows = window.rows[layer:layer + 1]
+
+        def __call__(self, x, level, caption, see, *rest):
+            return self.step(self.block, self.window, x, level, caption, *rest)
 
     @torch.no_grad()
     def __init__(self, model: VideoDiT, cache: RollingCache, caption: Tensor, route: str = "auto", backend: str = "inductor"):
@@ -66,8 +80,11 @@ class CompiledChunk:
         self.window = window = cache if isinstance(cache, FullWindow) else FullWindow(cache)
         self.x = weight.new_zeros(len(caption), c.chunk, c.channels, c.height, c.width)
         self.sigma, self.caption = weight.new_zeros(self.x.shape[:2]), caption.clone()
-        self._pass = torch.compile(lambda x, sigma, caption: model.denoise(x, sigma, caption, window, route),
-                                   fullgraph=True, dynamic=False, backend=backend)
+        step = torch.compile(lambda block, window, x, level, caption, *rest: block(x, level, caption, lambda rows: window.peek(0, rows), *rest),
+                             fullgraph=True, dynamic=False, backend=backend)
+        twin = copy.copy(model)                            # the same weights, but its blocks are the compiled one
+        twin._modules = model._modules | {"blocks": [self.Layer(block, window, i, step) for i, block in enumerate(model.blocks)]}
+        self._pass = lambda x, sigma, caption: twin.denoise(x, sigma, caption, window, route)
         start = time.perf_counter()
         self.v = self._pass(self.x, self.sigma, self.caption)                          # compiles; writes the provisional rows alone
         self._replay = self._store = None
