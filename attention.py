@@ -133,8 +133,8 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, N: int, R: int, V: i
     return None
 
 
-def _expand(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, k_table) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, H, L, N+R], k [B, H, T, N+R], v [B, H, T, V] for SDPA, from rotated q_rope and unrotated k_rope.
+def _expand(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, L, N+R], k [B, H, T, N+R], v [B, H, T, V] for SDPA, from unrotated rope parts.
 
     Identity-augmented: k = [c_kv | rotated k_rope] @ [[W_UK, 0], [0, I]], so each key is written once, by the product itself; making
     k_nope and concatenating would write 100 MB at the paper's size twice. The values' rows are a slice of the same left-hand side.
@@ -146,7 +146,7 @@ def _expand(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, k_table) -> tuple[Tensor, 
     W_K = torch.cat((F.pad(W_UK.permute(2, 0, 1), (0, R)), F.pad(eye, (N, 0))))                    # [C + R, H, N + R]
     k = (row @ W_K.flatten(1)).unflatten(-1, (H, N + R))
     v = (row[..., :C] @ W_UV.flatten(0, 1).T).unflatten(-1, (H, -1))
-    q = torch.cat((q_nope, q_rope), dim=-1)
+    q = torch.cat((q_nope, rotate(q_rope, q_table)), dim=-1)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -176,18 +176,15 @@ def attend_fused(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, sca
         return torch.cat([attend_fused(*turn, W_UK, W_UV, q_table, k_table, scale, None, cut) for turn in zip(*turns)])
     if cut is None:
         cut = fused.plan_on(q_nope.device.index, B, L, T, H, N, R, V, C) if q_nope.is_cuda else 0
-    eager = q_nope.is_cuda and not torch.compiler.is_compiling()
-    q_rope = (_compiled(rotate) if eager else rotate)(q_rope, q_table)
-    out = []
+    out, (head, tail) = [], ([part[at] for part in q_table] for at in (slice(cut), slice(cut, None)))
     if cut:
-        expand = _compiled(_expand) if eager else _expand
-        q, k, v = expand(q_nope[:, :cut], q_rope[:, :cut], c_kv, k_rope, W_UK, W_UV, k_table)
+        expand = _compiled(_expand) if q_nope.is_cuda and not torch.compiler.is_compiling() else _expand
+        q, k, v = expand(q_nope[:, :cut], q_rope[:, :cut], c_kv, k_rope, W_UK, W_UV, head, k_table)
         with sdpa_kernel(BACKENDS if q.is_cuda else [SDPBackend.MATH], set_priority=True):
             out.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))       # [B, cut, H, V]
     if cut < L:
-        q_lat = torch.einsum("blhn,hnc->blhc", q_nope[:, cut:], W_UK)
-        latent = fused.latent_attention(q_lat, q_rope[:, cut:], c_kv, k_rope, *k_table, scale)
-        out.append(torch.einsum("blhc,hvc->blhv", latent, W_UV))
+        latent = fused.latent_attention(q_nope[:, cut:], q_rope[:, cut:], c_kv, k_rope, W_UK, *tail, *k_table, scale)     # [B, H, L, C]
+        out.append(torch.einsum("bhlc,hvc->blhv", latent, W_UV))
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
