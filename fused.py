@@ -32,10 +32,12 @@ normalises by its *own* denominator, so plain averaging would be wrong; its shar
 
     (8)  out = sum_s w_s out_s,   w_s = 2^lse_s / sum_s' 2^lse_s'            (shifted by max lse, as in (4))
 
-Many query tokens need fewer operations with K and V made per head (attention.py (13)), and there cuDNN's kernel is the fastest. It gives each
-multiprocessor (SM) 128 query tokens of a head and *all* the keys, so time comes in whole waves: 4680 tokens x 12 heads are 444 such tiles, on
-132 SMs 3.4 waves, and they cost 4. `plan` therefore gives cuDNN the 4224 tokens that fill three waves to the last SM and the other 456
-to the kernel above, which can split keys. Both need the same latents, and nothing but the latents. Order of the file: kernels, their launch, the op, the plan.
+Many query tokens need fewer operations with K and V made per head (attention.py (13)), and there cuDNN's kernel is the fastest. It gives
+each multiprocessor (SM) 128 query tokens of a head and *all* the keys, so time comes in whole waves: 4680 tokens x 12 heads are 444 such
+tiles, on 132 SMs 3.4 waves, and they cost 4. `plan` therefore gives cuDNN the 4224 tokens that fill three waves to the last SM and the
+other 456 to the kernel above, which can split keys. Both need the same latents, and nothing but the latents.
+
+Order of the file: the three kernels, their launch, the op, the plan.
 
 Tests: tests/test_fused.py (all of the above in Triton's interpreter; every shipped tile compiled for sm_90 and sm_100 without a GPU).
 """
@@ -64,11 +66,12 @@ if HAS_TRITON:
         return tl.join(a * c - b * s, a * s + b * c).reshape(x.shape[0], x.shape[1]).to(x.dtype)
 
     @triton.jit(do_not_specialize=["T", "L"])
-    def _prepare_kernel(q_nope, q_rope, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, q_lat, q_turned, k_turned, T, L, batch_stride, token_stride,
-                        H: tl.constexpr, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr,
-                        KEYS: tl.constexpr, PDL: tl.constexpr):
+    def _prepare_kernel(q_nope, q_rope, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, q_lat, q_turned, k_turned, T, L,
+                        batch_stride, token_stride, H: tl.constexpr, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+                        ROWS: tl.constexpr, KEYS: tl.constexpr, PDL: tl.constexpr):
         """Everything before attention, in one launch: a program either turns KEYS keys, once instead of once per row tile, or lifts ROWS
-        query tokens of one head to 64 channels of the latent, (0), and the first of those turns their rope part. Rows come out as [B, H, L]."""
+        query tokens of one head to 64 channels of the latent, (0); the one with the first 64 turns their rope part too. Rows come out as
+        [B, H, L]: a tile of them has one head, and so have its outputs, whose up-projection then needs no copy."""
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         task, b, ir = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, RP)
@@ -206,7 +209,7 @@ def choose_splits(programs: int, tiles: int, slots: int) -> int:
 
 
 def iterations(programs: int, tiles: int, slots: int, splits: int) -> int:
-    """What `choose_splits` minimises. On an H100 a launch takes 6 us and 1.73 us for each of these, within a fifth, from L = 16 to 1560."""
+    """What `choose_splits` minimises, and what the time of a launch is proportional to (`form_counts`)."""
     OVERHEAD = 4                                   # start, drain, writing and merging the part: about four iterations
     return math.ceil(programs * splits / slots) * (math.ceil(tiles / splits) + OVERHEAD)
 
@@ -251,8 +254,8 @@ def _launch(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, W_UK: 
             STAGES=tile.stages, PDL=tile.pdl, num_warps=tile.warps, **follow)
         if S > 1:
             width, warps = MERGE
-            _merge_kernel[(M, math.ceil(C / width), B)](parts, lse, out, M, S, C=C, SP=triton.next_power_of_2(S), BLOCK_C=width, PDL=tile.pdl,
-                                                        num_warps=warps, **follow)
+            _merge_kernel[(M, math.ceil(C / width), B)](parts, lse, out, M, S, C=C, SP=triton.next_power_of_2(S), BLOCK_C=width,
+                                                        PDL=tile.pdl, num_warps=warps, **follow)
     return out
 
 
@@ -264,15 +267,16 @@ def _check(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, W_UK: T
                          f"{[*c_kv.shape]}, {[*k_rope.shape]}")
     (B, L, H, N), (_, T, R), C = q_nope.shape, k_rope.shape, c_kv.shape[2]
     tables = {"q_cos": (q_cos, (L, R // 2)), "q_sin": (q_sin, (L, R // 2)), "k_cos": (k_cos, (T, R // 2)), "k_sin": (k_sin, (T, R // 2))}
-    shapes = {"q_rope": (q_rope, (B, L, H, R)), "c_kv": (c_kv, (B, T, C)), "k_rope": (k_rope, (B, T, R)), "W_UK": (W_UK, (H, N, C))} | tables
+    shapes = {"q_rope": (q_rope, (B, L, H, R)), "c_kv": (c_kv, (B, T, C)), "k_rope": (k_rope, (B, T, R)), "W_UK": (W_UK, (H, N, C)),
+              **tables}
     for name, (x, shape) in shapes.items():
         if tuple(x.shape) != shape:
             raise ValueError(f"latent_attention: {name} must be {shape} to go with q_nope {(B, L, H, N)}, not {tuple(x.shape)}")
         if x.device != q_nope.device:
             raise ValueError(f"latent_attention: {name} is on {x.device} but q_nope on {q_nope.device}; put them on one device")
     if C % 16 or not 16 <= C <= 256 or R % 8 or not 8 <= R <= 64 or T < 1 or N > 128:
-        raise ValueError(f"latent_attention: C a multiple of 16 up to 256, R a multiple of 8 up to 64, N up to 128, T >= 1; not C={C}, R={R}, "
-                         f"N={N}, T={T}")
+        raise ValueError("latent_attention: C a multiple of 16 up to 256, R a multiple of 8 up to 64, N up to 128, T >= 1; not "
+                         f"C={C}, R={R}, N={N}, T={T}")
     dtypes = [x.dtype for x in (q_nope, q_rope, c_kv, k_rope, W_UK)]
     if len(set(dtypes)) > 1 or dtypes[0] not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"latent_attention: queries, cache and W_UK must share one of bfloat16, float16, float32, not {dtypes}")
@@ -284,8 +288,8 @@ def _check(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, W_UK: T
 
 
 @torch.library.custom_op("videomla::latent_attention", mutates_args=())
-def latent_attention(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, W_UK: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor,
-                     k_sin: Tensor, scale: float) -> Tensor:
+def latent_attention(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, W_UK: Tensor, q_cos: Tensor, q_sin: Tensor,
+                     k_cos: Tensor, k_sin: Tensor, scale: float) -> Tensor:
     """Equations (0)-(2): q_nope [B,L,H,N], q_rope [B,L,H,R], c_kv [B,T,C], k_rope [B,T,R], both rope parts unrotated, W_UK [H,N,C],
     tables [L,R/2] of the queries and [T,R/2] of the keys -> [B,H,L,C].
 
@@ -323,18 +327,23 @@ latent_attention.register_autograd(_refuse_gradients, setup_context=_refuse_grad
 # ---- when it pays ------------------------------------------------------------------------------------------------------------------------
 
 class Gpu(NamedTuple):
-    """What predicts a route's time on a kind of GPU, in seconds, operations and bytes a second; measured, so only for GPUs we had."""
+    """What predicts times on a kind of GPU: its multiprocessors, and seconds for each thing that routes are counted in. Every route's
+    time is taken as *linear* in these six, so they are one least-squares fit to the measured table: `python -m experiments.bench --fit
+    results/bench_h100.json`. test_fast_path.py: these numbers are that fit's, within 15 % (what one run differs from another)."""
     sms: int = 132
-    launch: float = 6e-6        # per kernel of note, in a CUDA graph: start, ramp and drain
-    kernel: float = 5.2e14      # matrix operations of _attend_kernel, once it runs
-    rows: int = 128             # query tokens of a head that cuDNN gives an SM
-    key: float = 13.7e-9        # cuDNN, 128/128: one wave, per key (1.845 ms / 4 waves / 32,760 keys at L = 4680)
-    wide_key: float = 22.6e-9   # cuDNN, (C + R)/C = 224/192 padded to 256: the absorbed route
-    gemm: float = 5e14          # a product with an inner width of some hundreds
-    copy: float = 2.6e12        # bytes read and written by elementwise passes
+    launch: float = 6.1e-6      # a kernel in a CUDA graph that waits for the one before: start, ramp and drain
+    key: float = 1.3e-8         # cuDNN, 128/128: one key, for one wave of query tiles
+    wide_key: float = 2.2e-8    # the same at (C + R)/C = 224/192, padded to 256: the absorbed route
+    kernel: float = 2.3e-13     # one operation of _attend_kernel on one SM
+    product: float = 2.3e-15    # one operation of a matrix product with an inner width of some hundreds
+    byte: float = 4.3e-13       # one byte that an elementwise pass reads or writes
+
+    def seconds(self, counts: tuple) -> float:
+        return sum(each * count for each, count in zip(self[1:], counts, strict=True))
 
 
-GPUS = {(9, 0): Gpu()}          # H100 80GB HBM3, torch 2.11, cuDNN 9.19: the sweep of `python -m experiments.bench --only attention`
+GPUS = {(9, 0): Gpu()}          # H100 80GB HBM3, torch 2.11, cuDNN 9.19
+QUERY_TILE = 128                # query tokens of a head that cuDNN gives an SM; they see all the keys
 
 
 def gpu_constants(index: int | None) -> Gpu | None:
@@ -344,21 +353,24 @@ def gpu_constants(index: int | None) -> Gpu | None:
     return known and known._replace(sms=gpu.multi_processor_count)
 
 
-def form_seconds(cut: int, B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: Gpu, itemsize: int = 2) -> float:
-    """Predicted time when the first `cut` query tokens go through K, V and cuDNN, and the other L - cut through the kernel."""
-    seconds, rest = 0.0, L - cut
+def waves(rows: int, heads: int, sms: int) -> int:
+    """Rounds of SMs that cuDNN needs for `rows` query rows in each of `heads` heads."""
+    return math.ceil(heads * math.ceil(rows / QUERY_TILE) / sms)
+
+
+def form_counts(cut: int, B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, sms: int) -> tuple:
+    """What is counted, in `Gpu`'s order, when the first `cut` query tokens go through K, V and cuDNN and the others through the kernel."""
+    launch = key = kernel = product = byte = 0
     if cut:
-        written = B * T * H * (N + R + V) * itemsize
-        products = 2 * B * T * H * C * (N + R + V) / gpu.gemm          # a GEMM this thin is bound by both, in part one after the other
-        seconds += max(written / gpu.copy, products) + 2 * B * (T * (C + R) + cut * H * (N + R)) * itemsize / gpu.copy
-        seconds += 2 * gpu.launch + math.ceil(B * H * math.ceil(cut / gpu.rows) / gpu.sms) * T * gpu.key
-    if rest:
-        tile = choose_tile(C, R, itemsize, (9, 0))
-        programs, tiles, slots = B * math.ceil(rest * H / tile.block_m), math.ceil(T / tile.block_n), gpu.sms * tile.resident
+        launch, key = 2, waves(cut, B * H, sms) * T
+        product, byte = 2 * B * T * H * C * (N + R + V), 2 * B * T * H * (N + R + V)
+    if cut < L:                                            # prepare and merge hide behind their neighbours: programmatic dependent launch
+        tile = choose_tile(C, R, 2, (9, 0))
+        programs, tiles, slots = B * math.ceil((L - cut) * H / tile.block_m), math.ceil(T / tile.block_n), sms * tile.resident
         steps = iterations(programs, tiles, slots, choose_splits(programs, tiles, slots))
-        seconds += 2 * gpu.launch + steps * 2 * tile.block_m * tile.block_n * (2 * C + R) * slots / gpu.kernel
-        seconds += 2 * B * rest * H * C * (N + V) / gpu.gemm
-    return seconds
+        launch, kernel = launch + 2, steps * 2 * tile.block_m * tile.block_n * (2 * C + R) * tile.resident
+        product += 2 * B * (L - cut) * H * C * (N + V)
+    return launch, key, 0, kernel, product, byte
 
 
 def plan(B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: Gpu | None) -> int:
@@ -368,8 +380,9 @@ def plan(B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: Gp
     """
     if gpu is None:
         return L if 2 * C > N + V and L > C * (N + V) / (2 * C - N - V) else 0
-    waves = {gpu.rows * (wave * gpu.sms // (B * H)) for wave in range(1, math.ceil(B * H * L / gpu.rows / gpu.sms) + 1)}
-    return min(sorted({0, L} | {cut for cut in waves if cut < L}), key=lambda cut: form_seconds(cut, B, L, T, H, N, R, V, C, gpu))
+    full = {QUERY_TILE * (wave * gpu.sms // (B * H)) for wave in range(1, waves(L, B * H, gpu.sms) + 1)}
+    seconds = lambda cut: gpu.seconds(form_counts(cut, B, L, T, H, N, R, V, C, gpu.sms))
+    return min(sorted({0, L} | {cut for cut in full if cut < L}), key=seconds)
 
 
 @torch.compiler.assume_constant_result

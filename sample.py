@@ -80,7 +80,7 @@ class CompiledChunk:
         self.window = window = cache if isinstance(cache, FullWindow) else FullWindow(cache)
         self.x = weight.new_zeros(len(caption), c.chunk, c.channels, c.height, c.width)
         self.sigma, self.caption = weight.new_zeros(self.x.shape[:2]), caption.clone()
-        step = torch.compile(lambda block, window, x, level, caption, *rest: block(x, level, caption, lambda rows: window.peek(0, rows), *rest),
+        step = torch.compile(lambda block, see, x, level, caption, *rest: block(x, level, caption, lambda rows: see.peek(0, rows), *rest),
                              fullgraph=True, dynamic=False, backend=backend)
         twin = copy.copy(model)                            # the same weights, but its blocks are the compiled one
         twin._modules = model._modules | {"blocks": [self.Layer(block, window, i, step) for i, block in enumerate(model.blocks)]}
