@@ -80,6 +80,9 @@ class CompiledChunk:
         self.window = window = cache if isinstance(cache, FullWindow) else FullWindow(cache)
         self.x = weight.new_zeros(len(caption), c.chunk, c.channels, c.height, c.width)
         self.sigma, self.caption = weight.new_zeros(self.x.shape[:2]), caption.clone()
+        if backend == "inductor" and weight.is_cuda and sum(p.numel() for p in model.parameters()) < 10**8:
+            backend = "eager"                              # a small model's time is its launches, which the CUDA graph removes: no code
+                                                           # that Inductor could write in its seconds would earn them back
         step = torch.compile(lambda block, see, x, level, caption, *rest: block(x, level, caption, lambda rows: see.peek(0, rows), *rest),
                              fullgraph=True, dynamic=False, backend=backend)
         twin = copy.copy(model)                            # the same weights, but its blocks are the compiled one
