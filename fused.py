@@ -1,4 +1,4 @@
-"""The fast path: latent attention as one Triton kernel, for few query tokens, and when to use it.
+"""The fast path: latent attention as a Triton kernel, for few query tokens, and when to use it.
 
     B batch   L query tokens   T key tokens   H heads   C content latent   R rope channels   M = L*H rows of queries
 
@@ -68,19 +68,20 @@ if HAS_TRITON:
     @triton.jit(do_not_specialize=["T", "L"])
     def _prepare_kernel(q_nope, q_rope, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, q_lat, q_turned, k_turned, T, L,
                         batch_stride, token_stride, H: tl.constexpr, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-                        ROWS: tl.constexpr, KEYS: tl.constexpr, PDL: tl.constexpr):
+                        ROWS: tl.constexpr, BLOCK_C: tl.constexpr, KEYS: tl.constexpr, PDL: tl.constexpr):
         """Everything before attention, in one launch: a program either turns KEYS keys, once instead of once per row tile, or lifts ROWS
-        query tokens of one head to 64 channels of the latent, (0); the one with the first 64 turns their rope part too. Rows come out as
-        [B, H, L]: a tile of them has one head, and so have its outputs, whose up-projection then needs no copy."""
+        query tokens of one head to BLOCK_C channels of the latent, (0); that of the first channels turns their rope part too. Rows come
+        out as [B, H, L]: heads are the batch of both products, this one and W_UV's, and no copy is needed to bring them there."""
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         task, b, ir = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, RP)
         blocks = tl.cdiv(L, ROWS)
-        lifts = H * blocks * tl.cdiv(C, 64)
+        lifts = H * blocks * tl.cdiv(C, BLOCK_C)
         if task < lifts:
-            h, l, i = task // blocks % H, task % blocks * ROWS + tl.arange(0, ROWS), task // (blocks * H) * 64 + tl.arange(0, 64)
+            h, l = task // blocks % H, task % blocks * ROWS + tl.arange(0, ROWS)
+            i = task // (blocks * H) * BLOCK_C + tl.arange(0, BLOCK_C)
             real, source, goal = (l < L)[:, None], ((b * L + l) * H + h)[:, None], ((b * H + h) * L + l)[:, None]
-            acc = tl.zeros([ROWS, 64], tl.float32)
+            acc = tl.zeros([ROWS, BLOCK_C], tl.float32)
             for first in tl.static_range(0, N, 32):
                 n = first + tl.arange(0, 32)
                 q = tl.load(q_nope + source * N + n[None, :], mask=real & (n < N)[None, :], other=0.0)
@@ -183,6 +184,7 @@ class Tile(NamedTuple):
 
 MAX_SPLITS = 128                # the merge holds one tile of that many parts
 INTERPRETED = HAS_TRITON and not isinstance(_attend_kernel, triton.JITFunction)       # TRITON_INTERPRET=1 when this file was imported
+PREPARE = 16, 64, 64            # query tokens and channels of a lifting program, keys of a turning one: small, since latency is the cost
 MERGE = 64, 1                   # channels and warps of a merging program: small ones, so that all of them are resident at once
 
 
@@ -243,9 +245,10 @@ def _launch(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, W_UK: 
     parts, lse = out if S == 1 else new(S, B, M, C), new(S, B, M, dtype=torch.float32)
     follow = {"launch_pdl": True} if tile.pdl else {}
     with torch.cuda.device_of(q_nope):                                 # Triton launches on the current device
-        _prepare_kernel[(H * math.ceil(L / 16) * math.ceil(C / 64) + math.ceil(T / 64), B)](
+        lift, block_c, turn = PREPARE
+        _prepare_kernel[(H * math.ceil(L / lift) * math.ceil(C / block_c) + math.ceil(T / turn), B)](
             q_nope, q_rope, k_rope, W_UK, *tables, q_lat, q_turned, k_turned, T, L, k_rope.stride(0), k_rope.stride(1),
-            H=H, N=N, C=C, R=R, RP=RP, ROWS=16, KEYS=64, PDL=tile.pdl, num_warps=4)
+            H=H, N=N, C=C, R=R, RP=RP, ROWS=lift, BLOCK_C=block_c, KEYS=turn, PDL=tile.pdl, num_warps=4)
         box = lambda x, width: TensorDescriptor.from_tensor(x, [1, tile.block_n, width])
         # Row tiles are the fastest grid axis: programs that run together read the same keys, so global memory is read once, L2 often.
         _attend_kernel[(rows, S, B)](
