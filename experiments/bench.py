@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused
 from attention import ROUTES, attend_fused, choose_route, crossing, route_counts, route_flops
+from compiled import CompiledChunk
 from experiments.measure import Measure, StoredRotated, cell, fit, graphs
 from mla_video import PRESETS, VideoDiT
 from rope3d import Rope3D, grid_coords, rotate
