@@ -42,7 +42,7 @@ def join(device: torch.device) -> torch.device:
     return device
 
 
-def mine(rows: int) -> slice:
+def my_rows(rows: int) -> slice:
     """This process' rows of a batch."""
     return slice(rank() * rows // world(), (rank() + 1) * rows // world())
 
@@ -55,7 +55,7 @@ class OneStream(TorchFunctionMode):
         if function not in (torch.rand, torch.randn, torch.randint) or kwargs.get("generator") is None:
             return function(*args, **kwargs)
         high, size = (args[:1], args[1]) if function is torch.randint else ((), args if isinstance(args[0], int) else args[0])
-        return function(*high, (size[0] * world(), *size[1:]), **kwargs)[mine(size[0] * world())]
+        return function(*high, (size[0] * world(), *size[1:]), **kwargs)[my_rows(size[0] * world())]
 
 
 def mean_over_processes(loss: Tensor, weights: list[Tensor]) -> Tensor:

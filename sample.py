@@ -245,15 +245,16 @@ def pick_device(name: str) -> torch.device:
 
 def sample_from(args) -> None:
     """Check the flags, load, stream, write, report. ValueError in one line for what the user can mend."""
-    for name, low, top in (("frames", 0, 10**18), ("steps", 1, 1000), ("evaluate", 0, 10_000), ("seed", 0, 2**63 - 1), ("guidance", -1000, 1000)):
+    for name, low, top in (("frames", 0, 10**18), ("steps", 1, 1000), ("evaluate", 0, 10_000), ("seed", 0, 2**63 - 1),
+                           ("guidance", -1000, 1000)):
         if (value := getattr(args, name)) is not None and not low <= value <= top:
             raise ValueError(f"--{name} must be at least {low} and at most {top}, got {value}")
     device = pick_device(args.device)
     model, about = load_model(args.checkpoint)
     model.to(device)
     if model.config.words < len(WORDS) or model.config.channels not in (1, 3):
-        raise ValueError(f"{args.checkpoint} knows {model.config.words} words and makes frames of {model.config.channels} channels; captions have "
-                         f"{len(WORDS)} words, and a GIF 1 or 3 channels")
+        raise ValueError(f"{args.checkpoint} knows {model.config.words} words and makes frames of {model.config.channels} channels; "
+                         f"captions have {len(WORDS)} words, and a GIF 1 or 3 channels")
     compile = device.type == "cuda" if args.compile is None else args.compile
     if (stage := about.get("stage", "tf")) not in SAMPLERS:
         raise ValueError(f"{args.checkpoint} is a {stage} model: it sees past and future at once, so it cannot stream; give one of "
@@ -265,8 +266,8 @@ def sample_from(args) -> None:
         if data != "shapes":
             raise ValueError(f"--evaluate needs a model of the shapes world, whose truth is known; this one saw {str(data)[:40]!r}")
         if args.frames < 12 or args.evaluate * args.frames > 2**20:
-            raise ValueError(f"--evaluate judges the last 12 of --frames frames and keeps all: at least 12 frames, and at most {2**20 // args.evaluate} "
-                             f"for {args.evaluate} rollouts; got {args.frames}")
+            raise ValueError(f"--evaluate judges the last 12 of --frames frames and keeps all: at least 12 frames, and at most "
+                             f"{2**20 // args.evaluate} for {args.evaluate} rollouts; got {args.frames}")
         report_survival(model, args.evaluate, args.frames, args.seed, **how)
         return
     prompts = args.prompt or list(PROMPTS if data == "shapes" else [""] * 4)

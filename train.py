@@ -16,7 +16,6 @@ versions).
 import argparse
 import contextlib
 import json
-import math
 import os
 import signal
 import time

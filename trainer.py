@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mla_video import VideoDiT
 from objectives import consistency_loss, critic_loss, dmd_gradient, dmd_loss, score_loss, self_rollout, teacher_forcing_loss
-from parallel import OneStream, all_rows, like, mean_over_processes, mine, shard, whole, world
+from parallel import OneStream, all_rows, like, mean_over_processes, my_rows, shard, whole, world
 from sample import FEW_STEPS
 
 STAGES = ("score", "tf", "cd", "dmd")                      # in this order; each starts from the weights of the one before
@@ -152,7 +152,7 @@ class Steps(Dataset):
     """Batches by the number of their step. (Holds no trainer: worker processes must not inherit a GPU.)"""
 
     def __init__(self, trainer):
-        self.world, self.size, self.rows = trainer.world, trainer.recipe.batch, mine(trainer.recipe.batch)
+        self.world, self.size, self.rows = trainer.world, trainer.recipe.batch, my_rows(trainer.recipe.batch)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         return self.world.batch(range(step * self.size, (step + 1) * self.size)[self.rows])
@@ -181,8 +181,9 @@ class Trainer:
             self.score = copy.deepcopy(score).to(device).eval().requires_grad_(False)
             critic = copy.deepcopy(self.score).train().requires_grad_(True)
         if sharded:                                        # after the copies and before the optimisers, which must hold the shards
-            for network in (self.model, self.ema, *(vars(self).get(name) for name in ("teacher", "score")), recipe.stage == "dmd" and critic):
-                network and shard(network)
+            frozen = [getattr(self, name) for name in ("teacher", "score") if hasattr(self, name)]
+            for network in (self.model, self.ema, *frozen, *([critic] if recipe.stage == "dmd" else [])):
+                shard(network)
         self.learner = Learner(self.model, recipe)
         self.critic = Learner(critic, recipe, recipe.critic) if recipe.stage == "dmd" else None
         self.step, self.seconds, self.saving = 0, 0.0, 0.0     # seconds of training, and those of them spent on saves since the start
@@ -309,7 +310,7 @@ class Trainer:
         wanted = [torch.Size((B, c.slots)), *(buffer.shape for buffer in self.model.make_cache(B).buffers)]
         if videos and [part.shape for part in videos] != wanted or age < 0:
             raise ValueError("its videos under way are of another model")
-        self.videos = videos and [part.to(self.device)[(slice(None),) * (i > 0) + (mine(B),)] for i, part in enumerate(videos)]
+        self.videos = videos and [part.to(self.device)[(slice(None),) * (i > 0) + (my_rows(B),)] for i, part in enumerate(videos)]
         self.age = age
 
     def put_together(self) -> None:

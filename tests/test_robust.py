@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import sample
-from cache import FullWindow
 from checkpoint import previous, read_checkpoint, read_last_good, write_atomically
+from compiled import FullWindow
 from mla_video import PRESETS, VideoDiT
 from sample import GifWriter
 from toy_data import WORDS
