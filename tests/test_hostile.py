@@ -34,7 +34,7 @@ from toy_data import WORDS, Clips
 TINY = replace(PRESETS["toy"], dim=32, layers=1, heads=2, latent=8, query_latent=16, rope=6, ffn=32, words=len(WORDS))
 SMALL = [f"--config={name}={getattr(TINY, name)}" for name in ("dim", "layers", "heads", "latent", "query_latent", "rope", "ffn")]
 many = settings(max_examples=60 if settings().max_examples <= 40 else 2500, phases=[Phase.generate])  # shrinking a hang takes an hour
-SECONDS = 20                                               # a refusal takes milliseconds; this is for a busy machine
+SECONDS = 20                                               # a refusal takes milliseconds
 
 
 class Content(bytes):
@@ -59,8 +59,8 @@ def ask(main, argv: list[str], folder: Path) -> str | None:
     def hung(number, frame):
         raise AssertionError(f"still busy after {SECONDS} s with {argv}")
 
-    signal.signal(signal.SIGALRM, hung)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, hung)                    # its own seconds: those of a busy machine's other work do not count
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("always")                # a warning is a second line
@@ -81,7 +81,7 @@ def ask(main, argv: list[str], folder: Path) -> str | None:
         assert files(folder) == before, f"a refused command changed {set(files(folder).items()) ^ set(before.items())}"
         return lines[0]
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 @pytest.fixture(scope="module")
