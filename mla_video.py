@@ -55,7 +55,7 @@ class Config:
                 top = 1024 if name == "layers" else 2**20      # sizes come from files and flags: refuse before anything is allocated
                 need(type(value) is int and 0 < value <= top, f"{name} must be a positive integer up to {top}, got {str(value)[:40]}")
         need(self.attention in ("mla", "dense"), f"attention must be 'mla' or 'dense', got {str(self.attention)[:40]!r}")
-        need(type(self.norm) is bool, f"norm must be True or False, got {str(self.norm)[:40]!r}")
+        need(self.norm in (True, False), f"norm must be True or False, got {str(self.norm)[:40]!r}")
         need(self.dim % self.heads == 0, f"{self.heads} heads do not divide a width of {self.dim}")
         need(self.height % self.patch == 0 and self.width % self.patch == 0,
              f"patches of {self.patch} do not divide {self.height} x {self.width} pixels; give a size that is a multiple")

@@ -145,7 +145,7 @@ def loss_by_noise(trainer: Trainer, bins: int = 5) -> list[tuple[float, float, f
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; `argv` None takes the process' own. Exits with code 2 and one line on input it cannot use."""
-    parser = argparse.ArgumentParser(description="Train a causal video diffusion transformer on small clips, in the three stages of the paper.",
+    parser = argparse.ArgumentParser(description="Train a causal video diffusion transformer on small clips, in the paper's three stages.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--stage", default="tf", choices=(*STAGES, "all"), help="score: bidirectional model of whole clips, which tf may "
                         "start from and dmd needs; tf: teacher forcing; cd: consistency distillation; dmd: distribution matching; all: one "
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_config(args) -> Config:
     """The preset with --attention and every --config NAME=N applied; ValueError in one line for what cannot be."""
-    sizes = {name: value for name, value in asdict(PRESETS[args.preset]).items() if isinstance(value, int) and name != "words"}
+    sizes = [name for name, value in asdict(PRESETS[args.preset]).items() if isinstance(value, int) and name not in ("words", "slots")]
     chosen = {}
     for item in args.config:
         name, _, value = item.partition("=")
