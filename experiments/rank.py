@@ -5,12 +5,15 @@ error that leaving out direction i would cost (Eckart-Young). Pure functions; te
 """
 
 import math
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import torch
 from torch import Tensor
 
 REPRODUCED, REFUTED, OPEN = "reproduced", "not reproduced", "cannot be told here"
+OPTIMISERS = ("Muon", "AdamW")
+OBJECTS = (1, 2, 4)
+METRICS = ("colour", "shape", "place", "survival")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}        # 97.5 % point of Student's t, by the number of values
 
 
@@ -101,3 +104,66 @@ def decide(conditions: dict[str, list[float]], low: float = -math.inf, high: flo
     unmet = [need for need, met in (needs or {}).items() if not met]
     return {"verdict": OPEN if unmet else REPRODUCED if inside else REFUTED if outside else OPEN, "unmet": unmet,
             "intervals": {name: [round(value, 4) for value in triple] for name, triple in found.items()}}
+
+
+# ---- what is claimed, and when it is false --------------------------------------------------------------------------
+
+def judge(found: dict) -> list[dict]:
+    """Claims of the paper, then predictions of ours ("ours: ..."), each with its rule; written, as is the rest of this file, before the data.
+
+    Prediction about objects. An object has 4 degrees of freedom that move (position, velocity) and 2 that stay (colour, shape): 6, 12,
+    24 for 1, 2, 4 objects. Were a latent a code of the world's state, its rank would double with them, slope 1. But a latent belongs to a
+    *token*, a patch of 4 x 4 pixels, and a patch rarely sees more than one object: we predict a slope below 0.5."""
+    E, C, spectra, Q = found["E"], str(found["C"]), found["spectra"], found["quality"]
+    narrow, verdicts = str(min(found["widths"])), []
+    chance = mean(layer["rank99"] for layers in spectra["untrained"] for layer in layers)
+    kept = lambda name: [median(layer["kept"] for layer in layers) for layers in spectra[name]]
+
+    def claim(name: str, rule: str, conditions: dict, low=-float("inf"), high=float("inf"), needs=None, control: str = ""):
+        verdicts.append({"claim": name, "rule": rule, **decide(conditions, low, high, needs), "control": control})
+
+    moved = min(layer["moved"] for name in OPTIMISERS for layers in spectra[name] for layer in layers)
+    needs = {"training moved every [W_K; W_V] by at least half its norm": moved >= 0.5}
+    claim("trained attention is not low-rank: 99 %-energy rank of [W_K; W_V] above 1300 of 1536 in every layer",
+          "worst layer's rank / E >= 0.846, with both optimisers",
+          {name: [min(layer["rank99"] for layer in layers) for layers in spectra[name]] for name in OPTIMISERS}, low=1300 / 1536, needs=needs,
+          control=f"untrained weights {chance:.3f}")
+    claim("the best E / 8 directions keep about 46 % of the energy in the median layer", "0.46 +- 0.08, with both optimisers",
+          {name: kept(name) for name in OPTIMISERS}, 0.38, 0.54, needs, f"untrained weights {mean(kept('untrained')):.3f}")
+    gap = lambda kind, width: [q[kind][width]["survival"] - q["dense_tuned"]["survival"] for q in Q]
+    claim("cut to C = E / 8 and tuned, MLA keeps the quality", "survival within 0.10 of dense attention that was trained as long",
+          {"MLA - dense": gap("tuned", C)}, low=-0.10,
+          needs={"dense survives in at least half the rollouts": mean(q["dense_tuned"]["survival"] for q in Q) >= 0.5,
+                 f"it can be lost: C = {narrow} falls behind by more than 0.10": interval(gap("tuned", narrow))[2] < -0.10},
+          control=f"right after the cut {mean(gap('converted', C)):+.3f}, C = {narrow} tuned {mean(gap('tuned', narrow)):+.3f}")
+    runs = {f"{init}, {name}": found["budget"][name][init] for name in OPTIMISERS for init in ("spectral", "random")}
+    at = lambda when, key="rank99": {name: [curve[when][key] for curve in curves] for name, curves in runs.items()}
+    noise = found["chance_budget"]["rank99"]
+    claim("M uses about 0.98 of its budget C before training, from either start", "99 %-energy rank / C >= 0.93, four runs",
+          at(0), low=0.93, control=f"trivial where noise does so too: a product of two noise matrices {mean(noise):.3f}, least of {len(noise)} {min(noise):.3f}")
+    claim("... and after training", "99 %-energy rank / C >= 0.93, four runs", at(-1), low=0.93, control=f"a product of noise {mean(noise):.3f}")
+    claim("... from spectral and random start alike", "difference after training within 0.05",
+          {name: [a[-1]["rank99"] - b[-1]["rank99"] for a, b in zip(found["budget"][name]["spectral"], found["budget"][name]["random"])]
+           for name in OPTIMISERS}, -0.05, 0.05)
+    few = [width for width in found["widths"] if width <= E // 4]
+    grow = lambda ranks: slope(few, [ranks[str(width)] for width in few])
+    claim("the bottleneck, not the spectrum, sets the rank: M's rank grows in proportion to C", f"slope of log rank on log C in [0.9, 1.1], C <= {E // 4}",
+          {"slope": [grow(ranks) for ranks in found["rank_by_width"]]}, 0.9, 1.1, control=f"products of noise {grow(found['chance_widths']):.3f}")
+    lost = {key: mean(r[C][key] for r in found["reconstruction"]) for key in ("predicted", "data", "data_best")}
+    claim("ours: weights overstate what the data loses at C = E / 8", "share of [K; V] lost on data / in weights <= 0.5",
+          {"data / weights": [r[C]["data"] / r[C]["predicted"] for r in found["reconstruction"]]}, high=0.5,
+          control=f"lost in weights {lost['predicted']:.3f}, on data {lost['data']:.3f}, by the best map on data {lost['data_best']:.3f}")
+    rise = lambda kind: [slope(OBJECTS, [run[kind][str(n)]["effective"] for n in OBJECTS]) for run in found["latents"]]
+    claim("ours: the rank of the latents grows more slowly than the world's degrees of freedom", "slope of log effective rank on log objects <= 0.5",
+          {"slope": rise("trained")}, high=0.5, control=f"untrained {mean(rise('untrained')):.3f}, degrees of freedom 1")
+    return verdicts
+
+
+def breaking(found: dict) -> dict[str, int | None]:
+    """For each metric the widest C at which tuned MLA is behind dense by more than 5 points (loss: by more than 5 %), interval and all."""
+    def behind(q, width, key):
+        return q["dense_tuned"][key] - q["tuned"][width][key] if key != "loss" else q["tuned"][width][key] / q["dense_tuned"][key] - 1
+
+    broken = {key: [width for width in found["widths"] if interval([behind(q, str(width), key) for q in found["quality"]])[1] > 0.05]
+              for key in (*METRICS, "loss")}
+    return {key: max(widths, default=None) for key, widths in broken.items()}

@@ -21,26 +21,23 @@ Letters: E width, C latent width, N, V nope and value channels per head, H heads
 import argparse
 import copy
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import torch
 from torch import Tensor
 
 from attention import MLA, Dense, fastest_channels
-from experiments.rank import (decide, effective_rank, energy, energy_kept, energy_rank, interval, marchenko_pastur, random_product, slope)
+from experiments.rank import (METRICS, OBJECTS, OPTIMISERS, breaking, effective_rank, energy, energy_kept, energy_rank, judge, marchenko_pastur,
+                              random_product)
 from mla_video import PRESETS, Config, VideoDiT
-from sample import evaluate, pick_device, provenance, run
-from toy_data import CAPTION_SLOTS, WORDS, make_world
+from sample import evaluate, pick_device, provenance, run, shift
+from toy_data import CAPTION_SLOTS, WORDS, centroid, colour_index, make_world, shape_index
 from train import Recipe, Trainer, teacher_forcing_loss
 
 SEEDS = (0, 1, 2)
-OPTIMISERS = ("Muon", "AdamW")
-OBJECTS = (1, 2, 4)
-METRICS = ("alive", "colour", "shape", "moving", "survival")
 # norm=False: a norm between W_DKV and W_UK (or behind W_K) is not linear, M would not be the whole story, from_dense would not be exact.
 TOY = replace(PRESETS["toy"], attention="dense", norm=False, words=len(WORDS), slots=CAPTION_SLOTS)
 
@@ -57,7 +54,8 @@ class Plan:
     batch: int
     rollouts: int
     frames: int
-    clips: int = 4096                                      # a pool that training goes round and round; 6 or so epochs
+    lr: float                                              # of the matrices, under either optimiser: Muon's update is scaled to AdamW's size
+    clips: int = 2048                                      # a pool that training goes round and round
     held_out: int = 128
     euler: int = 8                                         # steps of a rollout's chunk
 
@@ -66,9 +64,10 @@ class Plan:
         return self.config.dim // 8
 
 
-FULL = Plan(TOY, widths=(1, 2, 4, 8, 16, 32, 128), dense_steps=800, tune_steps=200, object_steps=300, batch=32, rollouts=512, frames=36)
-QUICK = Plan(replace(TOY, dim=64, heads=2, layers=2, ffn=256, frames=6, window=6), widths=(1, 2, 4, 8, 16, 64), dense_steps=400,
-             tune_steps=100, object_steps=100, batch=16, rollouts=64, frames=18, clips=2048, held_out=64)
+FULL = Plan(TOY, widths=(1, 2, 4, 8, 16, 32, 128), dense_steps=800, tune_steps=200, object_steps=300, batch=32, rollouts=512, frames=36,
+            lr=6e-3)
+QUICK = Plan(replace(TOY, dim=64, heads=2, layers=2, ffn=256, frames=6, window=6, height=8, width=8), widths=(1, 4, 8, 16, 64), dense_steps=300,
+             tune_steps=60, object_steps=100, batch=32, rollouts=64, frames=18, lr=2e-2, held_out=64)
 
 
 # ---- what is trained ------------------------------------------------------------------------------------------------
@@ -89,12 +88,11 @@ class Pool:
 
 def fit(model: VideoDiT, plan: Plan, optimiser: str, steps: int, world, seed: int, device, probe=None):
     """Train a copy of `model` by teacher forcing. Returns the averaged model, and probe(model) at steps 0, 1, 2, 5, 10, 20, ..., last."""
-    recipe = Recipe(steps=steps, batch=plan.batch, warmup=min(50, steps // 4), drop=0.5, seed=seed)
+    recipe = Recipe(steps=steps, batch=plan.batch, lr_muon=plan.lr, lr_adamw=plan.lr / 2, warmup=min(50, steps // 4), drop=0.5, seed=seed)
     trainer = Trainer(copy.deepcopy(model), recipe, world, device)
     if optimiser == "AdamW":                               # for the matrices, too; everything else has it anyway
         matrices = trainer.optimisers[0].param_groups[0]["params"]
-        trainer.optimisers[0] = torch.optim.AdamW(matrices, lr=recipe.lr_adamw, betas=(0.9, 0.95), weight_decay=0.01)
-        trainer.peaks[0] = recipe.lr_adamw
+        trainer.optimisers[0] = torch.optim.AdamW(matrices, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.01)
     due = {0, steps} | {m * 10**e for e in range(5) for m in (1, 2, 5)}
     curve = []
     for step in range(steps + 1):
@@ -198,12 +196,23 @@ def reconstruction(dense: Dense, mla: MLA, cov: Tensor) -> dict:
 
 @torch.no_grad()
 def quality(model: VideoDiT, plan: Plan, held: Pool, seed: int) -> dict:
-    """Held-out loss (one draw of noise for all models of a seed), and what survives in rollouts: all without captions."""
-    device, none = model.embed.weight.device, torch.zeros_like(held.caption)
+    """All without captions. Held-out loss (one draw of noise for all models of a seed); the last chunk of held-out clips, made from noise given
+    their true past: share of frames with the true colour, the true shape, and the subject within a pixel of its true place, all of
+    which only the past can tell; and `survival` of long rollouts, whose past is the model's own."""
+    device, c, none = model.embed.weight.device, model.config, torch.zeros_like(held.caption).to(model.embed.weight.device)
     noise = torch.Generator(device).manual_seed(seed)
-    loss = teacher_forcing_loss(model, held.video.to(device), none.to(device), Recipe(), noise)[0].item()
+    found = {"loss": teacher_forcing_loss(model, held.video.to(device), none, Recipe(), noise)[0].item()}
+    cache, chunks = model.make_cache(len(none)), held.video.to(device).split(c.chunk, dim=1)
+    for chunk in chunks[:-1]:
+        model.commit(chunk, none, cache, "materialised")
+    x, sigmas = torch.randn(chunks[-1].shape, generator=noise, device=device), [shift(1 - i / plan.euler) for i in range(plan.euler + 1)]
+    for now, then in zip(sigmas, sigmas[1:]):
+        x = x - (now - then) * model.denoise(x, x.new_full(x.shape[:2], now), none, cache, "materialised")
+    made, true = x.float().cpu(), chunks[-1].cpu()
+    found |= {name: (index(made) == index(true)).float().mean().item() for name, index in (("colour", colour_index), ("shape", shape_index))}
+    found["place"] = ((centroid(made) - centroid(true)).norm(dim=-1) <= 1).float().mean().item()
     captions = torch.zeros(plan.rollouts, CAPTION_SLOTS, dtype=torch.long)
-    return {"loss": loss, **evaluate(model, captions, plan.frames, seed, steps=plan.euler, route="materialised")}
+    return found | {"survival": evaluate(model, captions, plan.frames, seed, steps=plan.euler, route="materialised")["survival"]}
 
 
 def measure(plan: Plan, device, say=print) -> dict:
@@ -270,64 +279,160 @@ def latents(plan: Plan, seed: int, device) -> dict:
     return found
 
 
-# ---- what is claimed, and when it is false --------------------------------------------------------------------------
+# ---- the figure -----------------------------------------------------------------------------------------------------
 
-def judge(found: dict) -> list[dict]:
-    """Claims of the paper, then predictions of ours ("ours: ..."), each with its rule; written, as is the rest of this file, before the data.
-
-    Prediction about objects. An object has 4 degrees of freedom that move (position, velocity) and 2 that stay (colour, shape): 6, 12,
-    24 for 1, 2, 4 objects. Were a latent a code of the world's state, its rank would double with them, slope 1. But a latent belongs to a
-    *token*, a patch of 4 x 4 pixels, and a patch rarely sees more than one object: we predict a slope below 0.5."""
-    E, C, spectra, Q = found["E"], str(found["C"]), found["spectra"], found["quality"]
-    narrow, verdicts = str(min(found["widths"])), []
-    chance = mean(layer["rank99"] for layers in spectra["untrained"] for layer in layers)
-    kept = lambda name: [median(layer["kept"] for layer in layers) for layers in spectra[name]]
-
-    def claim(name: str, rule: str, conditions: dict, low=-float("inf"), high=float("inf"), needs=None, control: str = ""):
-        verdicts.append({"claim": name, "rule": rule, **decide(conditions, low, high, needs), "control": control})
-
-    moved = min(layer["moved"] for name in OPTIMISERS for layers in spectra[name] for layer in layers)
-    needs = {"training moved every [W_K; W_V] by at least half its norm": moved >= 0.5}
-    claim("trained attention is not low-rank: 99 %-energy rank of [W_K; W_V] above 1300 of 1536 in every layer",
-          "worst layer's rank / E >= 0.846, with both optimisers",
-          {name: [min(layer["rank99"] for layer in layers) for layers in spectra[name]] for name in OPTIMISERS}, low=1300 / 1536, needs=needs,
-          control=f"untrained weights {chance:.3f}")
-    claim("the best E / 8 directions keep about 46 % of the energy in the median layer", "0.46 +- 0.08, with both optimisers",
-          {name: kept(name) for name in OPTIMISERS}, 0.38, 0.54, needs, f"untrained weights {mean(kept('untrained')):.3f}")
-    gap = lambda kind, width: [q[kind][width]["survival"] - q["dense_tuned"]["survival"] for q in Q]
-    claim("cut to C = E / 8 and tuned, MLA keeps the quality", "survival within 0.10 of dense attention that was trained as long",
-          {"MLA - dense": gap("tuned", C)}, low=-0.10,
-          needs={"dense survives in at least half the rollouts": mean(q["dense_tuned"]["survival"] for q in Q) >= 0.5,
-                 f"it can be lost: C = {narrow} falls behind by more than 0.10": interval(gap("tuned", narrow))[2] < -0.10},
-          control=f"right after the cut {mean(gap('converted', C)):+.3f}, C = {narrow} tuned {mean(gap('tuned', narrow)):+.3f}")
-    runs = {f"{init}, {name}": found["budget"][name][init] for name in OPTIMISERS for init in ("spectral", "random")}
-    at = lambda when, key="rank99": {name: [curve[when][key] for curve in curves] for name, curves in runs.items()}
-    noise = found["chance_budget"]["rank99"]
-    claim("M uses about 0.98 of its budget C before training, from either start", "99 %-energy rank / C >= 0.93, four runs",
-          at(0), low=0.93, control=f"trivial where noise does so too: a product of two noise matrices {mean(noise):.3f}, least of {len(noise)} {min(noise):.3f}")
-    claim("... and after training", "99 %-energy rank / C >= 0.93, four runs", at(-1), low=0.93, control=f"a product of noise {mean(noise):.3f}")
-    claim("... from spectral and random start alike", "difference after training within 0.05",
-          {name: [a[-1]["rank99"] - b[-1]["rank99"] for a, b in zip(found["budget"][name]["spectral"], found["budget"][name]["random"])]
-           for name in OPTIMISERS}, -0.05, 0.05)
-    few = [width for width in found["widths"] if width <= E // 4]
-    grow = lambda ranks: slope(few, [ranks[str(width)] for width in few])
-    claim("the bottleneck, not the spectrum, sets the rank: M's rank grows in proportion to C", f"slope of log rank on log C in [0.9, 1.1], C <= {E // 4}",
-          {"slope": [grow(ranks) for ranks in found["rank_by_width"]]}, 0.9, 1.1, control=f"products of noise {grow(found['chance_widths']):.3f}")
-    lost = {key: mean(r[C][key] for r in found["reconstruction"]) for key in ("predicted", "data", "data_best")}
-    claim("ours: weights overstate what the data loses at C = E / 8", "share of [K; V] lost on data / in weights <= 0.5",
-          {"data / weights": [r[C]["data"] / r[C]["predicted"] for r in found["reconstruction"]]}, high=0.5,
-          control=f"lost in weights {lost['predicted']:.3f}, on data {lost['data']:.3f}, by the best map on data {lost['data_best']:.3f}")
-    rise = lambda kind: [slope(OBJECTS, [run[kind][str(n)]["effective"] for n in OBJECTS]) for run in found["latents"]]
-    claim("ours: the rank of the latents grows more slowly than the world's degrees of freedom", "slope of log effective rank on log objects <= 0.5",
-          {"slope": rise("trained")}, high=0.5, control=f"untrained {mean(rise('untrained')):.3f}, degrees of freedom 1")
-    return verdicts
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#a0489f", "0.62"
 
 
-def breaking(found: dict) -> dict[str, int | None]:
-    """For each metric the widest C at which tuned MLA is behind dense by more than 5 points (loss: by more than 5 %), interval and all."""
-    def behind(q, width, key):
-        return q["dense_tuned"][key] - q["tuned"][width][key] if key != "loss" else q["tuned"][width][key] / q["dense_tuned"][key] - 1
+def draw(found: dict, path: Path) -> None:
+    """Six panels, one question each, controls in grey; bands span the seeds. Drawn narrow and in large type: it is read on phones, too."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.rcParams.update({"font.size": 12.5, "axes.titlesize": 13.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "lines.linewidth": 2.4,
+                            "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 11})
+    figure, axes = pyplot.subplots(3, 2, figsize=(9, 12.5), layout="constrained")
+    E, C, widths, Q = found["E"], found["C"], found["widths"], found["quality"]
+    ticks = [str(width) for width in widths]
 
-    broken = {key: [width for width in found["widths"] if interval([behind(q, str(width), key) for q in found["quality"]])[1] > 0.05]
-              for key in (*METRICS, "loss")}
-    return {key: max(widths, default=None) for key, widths in broken.items()}
+    def line(ax, x, runs, label, color, **style):
+        """The mean over seeds and the span from the least to the most."""
+        runs = torch.tensor(runs, dtype=torch.float64)
+        ax.plot(x, runs.mean(0), color=color, label=label, **style)
+        ax.fill_between(x, runs.amin(0), runs.amax(0), color=color, alpha=0.2, linewidth=0)
+
+    def along_C(ax):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(widths, ticks)
+        ax.axvline(C, color="0.88", linewidth=6, zorder=0)
+        ax.set_xlabel(f"latent width C  (band: E / 8 = {C})")
+
+    ax, share = axes[0, 0], [100 * (i + 1) / E for i in range(E)]
+    for name, color in (("untrained", GREY), ("AdamW", ORANGE), ("Muon", BLUE)):
+        runs = [[mean(column) for column in zip(*(layer["energy"] for layer in layers))] for layers in found["spectra"][name]]
+        line(ax, share, (100 * torch.tensor(runs).cumsum(1)).tolist(), name if name == "untrained" else f"trained, {name}", color)
+    ax.plot(share, 100 * torch.tensor(found["chance_energy"]).cumsum(0), color="0.3", linestyle=":", linewidth=1.4, label="noise, in theory")
+    ax.plot(12.5, 46, marker="*", markersize=14, color="black", linestyle="none", label="paper: 46 % at E / 8")
+    ax.set(title="1 Are trained weights low-rank?", xlabel="directions of [W_K; W_V] kept (% of E)", ylabel="energy kept (%)", xlim=(0, 100), ylim=(0, 101))
+    ax.legend(loc="lower right")
+
+    ax = axes[0, 1]
+    lost = lambda key: [[100 * run[width][key] for width in ticks] for run in found["reconstruction"]]
+    line(ax, widths, lost("predicted"), "weights, predicted", BLUE)
+    ax.plot(widths, torch.tensor(lost("measured")).mean(0), "o", color=BLUE, markersize=8, label="weights, measured")
+    line(ax, widths, lost("data"), "on data", ORANGE)
+    line(ax, widths, lost("data_best"), "on data, best cut", GREEN)
+    chance = torch.tensor(found["chance_energy"]).cumsum(0)
+    ax.plot(widths, [100 * (1 - chance[width - 1]) for width in widths], color=GREY, zorder=0, label="noise weights")
+    along_C(ax)
+    ax.set(title="2 What does a cut to C lose?", ylabel="[K; V] lost (% of energy)", ylim=(0, 101))
+    ax.legend()
+
+    ax = axes[1, 0]
+    value = lambda kind, key: [[q[kind][width][key] for width in ticks] for q in Q]
+    line(ax, widths, [[q["dense_tuned"]["loss"]] * len(widths) for q in Q], "dense, tuned as long", GREY)
+    line(ax, widths, value("converted", "loss"), "right after the cut", ORANGE)
+    line(ax, widths, value("tuned", "loss"), "after a short tuning", BLUE)
+    along_C(ax)
+    ax.set(title="3 Does the quality go with it?", ylabel="held-out loss", yscale="log")
+    ax.legend()
+
+    ax = axes[1, 1]
+    ax.axhline(0, color=GREY, label="dense, tuned as long")
+    for name, color in zip(METRICS, (ORANGE, PURPLE, BLUE, GREEN)):
+        line(ax, widths, [[100 * (q["tuned"][width][name] - q["dense_tuned"][name]) for width in ticks] for q in Q], name, color, marker="o")
+    along_C(ax)
+    ax.set(title="4 Which C breaks what?", ylabel="MLA - dense (points)")
+    ax.legend()
+
+    ax = axes[2, 0]
+    chance = found["chance_budget"]["rank99"]
+    ax.axhspan(100 * min(chance), 100 * max(chance), color=GREY, alpha=0.5, linewidth=0, label="product of noise")
+    for optimiser, color in (("Muon", BLUE), ("AdamW", ORANGE)):
+        for init, style in (("spectral", "-"), ("random", "--")):
+            curves = found["budget"][optimiser][init]
+            line(ax, [p["step"] for p in curves[0]], [[100 * p["rank99"] for p in curve] for curve in curves], f"{init}, {optimiser}", color, linestyle=style)
+    ax.axhline(99, color="0.3", linestyle=":", linewidth=1.4)
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+    ax.set(title=f"5 How much of its budget does M use?", xlabel="step of tuning", ylabel=f"99 %-energy rank (% of C = {C})")
+    ax.legend(loc="lower left")
+
+    ax, steps = axes[2, 1], [str(n) for n in OBJECTS]
+    ranks = lambda kind: [[run[kind][n]["effective"] for n in steps] for run in found["latents"]]
+    line(ax, OBJECTS, ranks("noise"), "trained, white noise", GREY, linestyle="--")
+    line(ax, OBJECTS, ranks("untrained"), "untrained", GREY)
+    line(ax, OBJECTS, ranks("trained"), "trained", BLUE, marker="o")
+    first = mean(run["trained"]["1"]["effective"] for run in found["latents"])
+    ax.plot(OBJECTS, [first * n for n in OBJECTS], color="0.3", linestyle=":", linewidth=1.4, label="as degrees of freedom")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.set_xticks(OBJECTS, steps)
+    ax.yaxis.set_major_formatter("{x:.0f}")
+    ax.set(title="6 Do latents follow the world?", xlabel="objects in the world", ylabel="effective rank of latents")
+    ax.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+def report(out: dict) -> None:
+    """Verdicts as text: the claim, the rule, the intervals that decide, the control."""
+    for v in out["verdicts"]:
+        print(f"\n{v['verdict'].upper():20} {v['claim']}\n{'':20} rule: {v['rule']}")
+        for name, (middle, low, high) in v["intervals"].items():
+            print(f"{'':20} {name}: {middle:.3f} [{low:.3f}, {high:.3f}]")
+        print("\n".join(f"{'':20} {line}" for line in [f"not met: {need}" for need in v["unmet"]] + [f"control: {v['control']}"] * bool(v["control"])))
+    print("\nthe widest C that breaks it: " + ", ".join(f"{name} {width or 'none'}" for name, width in out["breaking"].items()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; `argv` None takes the process' own. Exits with code 2 and one line on input it cannot use."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model and shorter training, for a CPU")
+    parser.add_argument("--json", type=Path, help="where the results go (default: results/spectrum.json, with --quick out/spectrum.json)")
+    parser.add_argument("--figure", type=Path, help="where the figure goes (default: beside the results, .png)")
+    parser.add_argument("--redraw", type=Path, metavar="JSON", help="judge and draw the results in this file; nothing is trained")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run(spectrum, parser.parse_args(argv))
+
+
+def spectrum(args) -> None:
+    """Measure (or read), judge, write, draw. ValueError or OSError in one line for what the user can mend, before the minutes are spent."""
+    path = args.redraw or args.json or Path("out/spectrum.json" if args.quick else "results/spectrum.json")
+    figure = args.figure or path.with_suffix(".png")
+    if args.redraw:
+        out = read(path)
+    else:
+        device, plan, start = pick_device(args.device), QUICK if args.quick else FULL, time.perf_counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()                             # a path that cannot be written raises now
+        torch.set_float32_matmul_precision("medium")       # as train.py
+        out = {**provenance(device), "plan": asdict(plan), "seeds": SEEDS}
+        out["found"] = measure(plan, device, lambda line: print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True))
+        out["seconds"] = round(time.perf_counter() - start, 1)
+    out |= {"verdicts": judge(out["found"]), "breaking": breaking(out["found"])}
+    report(out)
+    if not args.redraw:
+        path.write_text(json.dumps(out) + "\n")
+    try:
+        draw(out["found"], figure)
+        print(f"wrote {figure}")
+    except ModuleNotFoundError:                            # minutes of work are in the JSON already: no reason to fail
+        print(f"no figure: matplotlib is not installed here. Where it is, --redraw {path} draws it")
+
+
+def read(path: Path) -> dict:
+    """The results of an earlier run; ValueError in one line for a file of anything else."""
+    try:
+        out = json.loads(path.read_text())
+        judge(out["found"])
+        return out
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is not a results file of this experiment ({type(error).__name__}: {error}); give one that --json wrote") from None
+
+
+if __name__ == "__main__":
+    main()
