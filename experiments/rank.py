@@ -10,6 +10,8 @@ from statistics import mean, median, stdev
 import torch
 from torch import Tensor
 
+from attention import MLA, Dense, fastest_channels
+
 REPRODUCED, REFUTED, OPEN = "reproduced", "not reproduced", "cannot be told here"
 OPTIMISERS = ("Muon", "AdamW")
 OBJECTS = (1, 2, 4)
@@ -78,6 +80,63 @@ def random_product(rows: int, C: int, E: int, seed: int) -> Tensor:
     return torch.linalg.svdvals(up @ torch.linalg.qr(down.T)[1].T)                     # down = R^T Q^T: Q^T changes no singular value
 
 
+# ---- layers -----------------------------------------------------------------------------------------------------------
+
+def weight(linear) -> Tensor:
+    return linear.weight.detach().cpu().double()
+
+
+def composite(layer: MLA) -> Tensor:
+    """M [H (N + V), E]: what a layer makes of its input for keys and values together, of rank C at most."""
+    return torch.cat((weight(layer.W_UK), weight(layer.W_UV))) @ weight(layer.W_DKV)
+
+
+def stacked(layer: Dense, balanced: bool = False) -> Tensor:
+    """[W_K; W_V] [2 E, E], as the paper takes it, or each divided by its Frobenius norm first (what from_dense balances by)."""
+    return torch.cat([W / W.norm() if balanced else W for W in (weight(layer.W_K), weight(layer.W_V))])
+
+
+def dense_spectrum(layer: Dense, start: Dense | None = None) -> dict:
+    """The spectrum of one layer; with `start`, the layer before training, also how far training has moved it."""
+    W, C = stacked(layer), layer.W_K.in_features // 8
+    s, balanced = torch.linalg.svdvals(W), torch.linalg.svdvals(stacked(layer, balanced=True))
+    found = {"rank99": energy_rank(s) / len(s), "kept": energy_kept(s, C), "kept_balanced": energy_kept(balanced, C),
+             "rank99_balanced": energy_rank(balanced) / len(s), "K_over_V": (weight(layer.W_K).norm() / weight(layer.W_V).norm()).item(),
+             "energy": [round(share, 6) for share in energy(s).tolist()]}
+    if start is not None:
+        old = stacked(start)
+        added = torch.linalg.svdvals(W - old)
+        found |= {"moved": (added.norm() / old.norm()).item(), "rank99_update": energy_rank(added) / len(s)}
+    return found
+
+
+def budget(layers: list[MLA], start: list[Tensor]) -> dict:
+    """Share of its budget C that M uses, mean over layers: by the 99 % rule (0.99 at most), and by entropy (1 at most); and how far the
+    least moved of them is from M at the `start`, relative to that."""
+    now = [composite(layer) for layer in layers]
+    s = [torch.linalg.svdvals(M)[:layer.widths[0]] for M, layer in zip(now, layers)]
+    return {"rank99": mean(energy_rank(x) / len(x) for x in s), "effective": mean(effective_rank(x) / len(x) for x in s),
+            "moved": min(((M - old).norm() / old.norm()).item() for M, old in zip(now, start))}
+
+
+def reconstruction(dense: Dense, mla: MLA, cov: Tensor) -> dict:
+    """Share of [K; V] that the conversion loses, K and V balanced. In weights: predicted by the tail of the singular values, and measured.
+    On data, i.e. weighted by the covariance of the inputs: measured, and the least that any map of rank C could lose."""
+    H, C, N = dense.heads, mla.widths[0], mla.W_UK.out_features // dense.heads
+    W_K, W_V = weight(dense.W_K).unflatten(0, (H, -1)), weight(dense.W_V)
+    turning = fastest_channels(mla.widths[1], W_K.shape[1])                            # W_KR carries these; M carries the rest
+    content = W_K[:, [i for i in range(W_K.shape[1]) if i not in turning]].flatten(0, 1)
+    sizes = content.norm(), W_V.norm()
+    whole = torch.cat((content / sizes[0], W_V / sizes[1]))
+    M = composite(mla)
+    error = whole - torch.cat((M[:H * N] / sizes[0], M[H * N:] / sizes[1]))
+    lost = lambda X, by: (torch.trace(X @ by @ X.T) / torch.trace(whole @ by @ whole.T)).item()
+    values, vectors = torch.linalg.eigh(cov)
+    root = vectors * values.clamp_min(0).sqrt()
+    return {"predicted": 1 - energy_kept(torch.linalg.svdvals(whole), C), "measured": lost(error, torch.eye(len(cov)).double()),
+            "data": lost(error, cov), "data_best": 1 - energy_kept(torch.linalg.svdvals(whole @ root), C)}
+
+
 # ---- from seeds to a verdict ----------------------------------------------------------------------------------------
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -92,7 +151,8 @@ def slope(x: list[float], y: list[float]) -> float:
     return sum((a - mean(x)) * (b - mean(y)) for a, b in zip(x, y)) / sum((a - mean(x)) ** 2 for a in x)
 
 
-def decide(conditions: dict[str, list[float]], low: float = -math.inf, high: float = math.inf, needs: dict[str, bool] | None = None) -> dict:
+def decide(conditions: dict[str, list[float]], low: float = -math.inf, high: float = math.inf,
+           needs: dict[str, bool] | None = None) -> dict:
     """The one decision rule. Each condition is a list of values over seeds; the claim says that all of them lie in [low, high].
     reproduced      the interval of every condition lies inside
     not reproduced  that of at least one lies outside, wholly
@@ -109,53 +169,64 @@ def decide(conditions: dict[str, list[float]], low: float = -math.inf, high: flo
 # ---- what is claimed, and when it is false --------------------------------------------------------------------------
 
 def judge(found: dict) -> list[dict]:
-    """Claims of the paper, then predictions of ours ("ours: ..."), each with its rule; written, as is the rest of this file, before the data.
+    """Claims of the paper, then predictions of ours ("ours: ..."), each with its rule, a `control`, and `noise`: would matrices of noise,
+    or a model without training, pass the same rule? A claim that they pass is true and no discovery. Rules were written before the data.
 
     Prediction about objects. An object has 4 degrees of freedom that move (position, velocity) and 2 that stay (colour, shape): 6, 12,
     24 for 1, 2, 4 objects. Were a latent a code of the world's state, its rank would double with them, slope 1. But a latent belongs to a
-    *token*, a patch of 4 x 4 pixels, and a patch rarely sees more than one object: we predict a slope below 0.5."""
-    E, C, spectra, Q = found["E"], str(found["C"]), found["spectra"], found["quality"]
-    narrow, verdicts = str(min(found["widths"])), []
-    chance = mean(layer["rank99"] for layers in spectra["untrained"] for layer in layers)
-    kept = lambda name: [median(layer["kept"] for layer in layers) for layers in spectra[name]]
+    *token*, a patch of 4 x 4 pixels, and a patch seldom sees more than one or two: we predict a slope below 0.5."""
+    E, C, spectra, Q, verdicts = found["E"], str(found["C"]), found["spectra"], found["quality"], []
+    narrow = str(min(found["widths"]))
+    per_seed = lambda name, key, how: [how([layer[key] for layer in layers]) for layers in spectra[name]]
 
-    def claim(name: str, rule: str, conditions: dict, low=-float("inf"), high=float("inf"), needs=None, control: str = ""):
-        verdicts.append({"claim": name, "rule": rule, **decide(conditions, low, high, needs), "control": control})
+    def claim(words: str, rule: str, conditions: dict, low=-math.inf, high=math.inf, needs=None, noise=None, control=""):
+        verdicts.append({"claim": words, "rule": rule, **decide(conditions, low, high, needs), "control": control,
+                         "noise": None if noise is None else low <= noise <= high})
 
-    moved = min(layer["moved"] for name in OPTIMISERS for layers in spectra[name] for layer in layers)
+    moved = min(min(per_seed(name, "moved", min)) for name in OPTIMISERS)
     needs = {"training moved every [W_K; W_V] by at least half its norm": moved >= 0.5}
+    noise, added = mean(per_seed("untrained", "rank99", mean)), [mean(per_seed(name, "rank99_update", mean)) for name in OPTIMISERS]
     claim("trained attention is not low-rank: 99 %-energy rank of [W_K; W_V] above 1300 of 1536 in every layer",
-          "worst layer's rank / E >= 0.846, with both optimisers",
-          {name: [min(layer["rank99"] for layer in layers) for layers in spectra[name]] for name in OPTIMISERS}, low=1300 / 1536, needs=needs,
-          control=f"untrained weights {chance:.3f}")
-    claim("the best E / 8 directions keep about 46 % of the energy in the median layer", "0.46 +- 0.08, with both optimisers",
-          {name: kept(name) for name in OPTIMISERS}, 0.38, 0.54, needs, f"untrained weights {mean(kept('untrained')):.3f}")
+          "worst layer's rank / E >= 0.846, both optimisers", {name: per_seed(name, "rank99", min) for name in OPTIMISERS}, 1300 / 1536,
+          needs=needs, noise=noise, control=f"untrained {noise:.3f}; what training added: {added[0]:.3f} and {added[1]:.3f}")
+    noise, balanced = mean(per_seed("untrained", "kept", median)), [mean(per_seed(name, "kept_balanced", median)) for name in OPTIMISERS]
+    claim("the best E / 8 directions keep about 46 % of the energy in the median layer", "0.46 +- 0.08, both optimisers",
+          {name: per_seed(name, "kept", median) for name in OPTIMISERS}, 0.38, 0.54, needs, noise,
+          f"untrained {noise:.3f}; with K and V balanced {balanced[0]:.3f} and {balanced[1]:.3f}")
+
     gap = lambda kind, width: [q[kind][width]["survival"] - q["dense_tuned"]["survival"] for q in Q]
     claim("cut to C = E / 8 and tuned, MLA keeps the quality", "survival within 0.10 of dense attention that was trained as long",
-          {"MLA - dense": gap("tuned", C)}, low=-0.10,
+          {"MLA - dense": gap("tuned", C)}, -0.10,
           needs={"dense survives in at least half the rollouts": mean(q["dense_tuned"]["survival"] for q in Q) >= 0.5,
                  f"it can be lost: C = {narrow} falls behind by more than 0.10": interval(gap("tuned", narrow))[2] < -0.10},
-          control=f"right after the cut {mean(gap('converted', C)):+.3f}, C = {narrow} tuned {mean(gap('tuned', narrow)):+.3f}")
+          control=f"right after the cut {mean(gap('converted', C)):+.3f}; C = {narrow} tuned {mean(gap('tuned', narrow)):+.3f}")
+
     runs = {f"{init}, {name}": found["budget"][name][init] for name in OPTIMISERS for init in ("spectral", "random")}
-    at = lambda when, key="rank99": {name: [curve[when][key] for curve in curves] for name, curves in runs.items()}
-    noise = found["chance_budget"]["rank99"]
+    at = lambda when, key: {name: [curve[when][key] for curve in curves] for name, curves in runs.items()}
+    noise = mean(found["chance_budget"]["rank99"])
+    control = f"a product of two matrices of noise {noise:.3f}"
     claim("M uses about 0.98 of its budget C before training, from either start", "99 %-energy rank / C >= 0.93, four runs",
-          at(0), low=0.93, control=f"trivial where noise does so too: a product of two noise matrices {mean(noise):.3f}, least of {len(noise)} {min(noise):.3f}")
-    claim("... and after training", "99 %-energy rank / C >= 0.93, four runs", at(-1), low=0.93, control=f"a product of noise {mean(noise):.3f}")
+          at(0, "rank99"), 0.93, noise=noise, control=control)
+    end, needs = at(-1, "rank99"), {"training moved every M by at least half its norm": min(map(min, at(-1, "moved").values())) >= 0.5}
+    claim("... and after training", "99 %-energy rank / C >= 0.93, four runs", end, 0.93, needs=needs, noise=noise, control=control)
     claim("... from spectral and random start alike", "difference after training within 0.05",
-          {name: [a[-1]["rank99"] - b[-1]["rank99"] for a, b in zip(found["budget"][name]["spectral"], found["budget"][name]["random"])]
-           for name in OPTIMISERS}, -0.05, 0.05)
+          {name: [a - b for a, b in zip(end[f"spectral, {name}"], end[f"random, {name}"])] for name in OPTIMISERS}, -0.05, 0.05, needs)
     few = [width for width in found["widths"] if width <= E // 4]
     grow = lambda ranks: slope(few, [ranks[str(width)] for width in few])
-    claim("the bottleneck, not the spectrum, sets the rank: M's rank grows in proportion to C", f"slope of log rank on log C in [0.9, 1.1], C <= {E // 4}",
-          {"slope": [grow(ranks) for ranks in found["rank_by_width"]]}, 0.9, 1.1, control=f"products of noise {grow(found['chance_widths']):.3f}")
+    noise = grow(found["chance_widths"])
+    claim("the bottleneck, not the spectrum, sets the rank: that of M grows in proportion to C",
+          f"slope of log rank on log C in [0.9, 1.1], C <= {E // 4}, tuned", {"slope": [grow(ranks) for ranks in found["rank_by_width"]]},
+          0.9, 1.1, noise=noise, control=f"products of noise {noise:.3f}")
+
     lost = {key: mean(r[C][key] for r in found["reconstruction"]) for key in ("predicted", "data", "data_best")}
     claim("ours: weights overstate what the data loses at C = E / 8", "share of [K; V] lost on data / in weights <= 0.5",
           {"data / weights": [r[C]["data"] / r[C]["predicted"] for r in found["reconstruction"]]}, high=0.5,
-          control=f"lost in weights {lost['predicted']:.3f}, on data {lost['data']:.3f}, by the best map on data {lost['data_best']:.3f}")
-    rise = lambda kind: [slope(OBJECTS, [run[kind][str(n)]["effective"] for n in OBJECTS]) for run in found["latents"]]
-    claim("ours: the rank of the latents grows more slowly than the world's degrees of freedom", "slope of log effective rank on log objects <= 0.5",
-          {"slope": rise("trained")}, high=0.5, control=f"untrained {mean(rise('untrained')):.3f}, degrees of freedom 1")
+          control=f"lost in weights {lost['predicted']:.3f}, on data {lost['data']:.3f}; by the data's best cut {lost['data_best']:.3f}")
+    rise = {kind: [slope(OBJECTS, [run[kind][str(n)]["effective"] for n in OBJECTS]) for run in found["latents"]]
+            for kind in ("trained", "untrained")}
+    claim("ours: the rank of the latents grows more slowly than the world's degrees of freedom",
+          "slope of log effective rank on log objects <= 0.5", {"slope": rise["trained"]}, high=0.5, noise=mean(rise["untrained"]),
+          control=f"untrained {mean(rise['untrained']):.3f}; degrees of freedom 1")
     return verdicts
 
 

@@ -8,10 +8,10 @@ The paper (arXiv 2605.30351; its numbers are quoted as reported) finds that trai
 C = E / 8 all the same, and loses nothing: "the bottleneck, not the spectrum, sets the rank". `judge` holds its claims, and three
 predictions of ours, each as a rule on intervals over 3 seeds; rules and predictions were committed before the first run.
 
-What makes such numbers mean anything is chance. A matrix of noise of the shape of [W_K; W_V] (2 E rows, E columns) keeps 29 % of its energy in
-its best E / 8 directions and needs 93 % of them for 99 % of it (Marchenko-Pastur); a product of two noise matrices at the paper's geometry
-uses 0.973 of its budget, a truncated noise matrix 0.988. So every measure stands beside its control, and a second optimiser stands beside
-Muon, which the repository trains with: Muon makes every update orthogonal, that is of full rank by construction.
+What makes such numbers mean anything is chance. A matrix of noise of the shape of [W_K; W_V] (2 E rows, E columns) keeps 29 % of its energy
+in its best E / 8 directions and needs 93 % of all for 99 % of it (Marchenko-Pastur); a product of two noise matrices at the paper's
+geometry uses 0.973 of its budget, a noise matrix cut to C 0.988. So every measure stands beside its control, and a second optimiser
+beside Muon, which the repository trains with: Muon makes every update orthogonal, that is of full rank by construction.
 
 What toy scale cannot show: the spectrum of weights trained on real video for weeks, and whether 192 latents are enough for *that*.
 
@@ -29,9 +29,9 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from attention import MLA, Dense, fastest_channels
-from experiments.rank import (METRICS, OBJECTS, OPTIMISERS, breaking, effective_rank, energy, energy_kept, energy_rank, judge, marchenko_pastur,
-                              random_product)
+from attention import MLA
+from experiments.rank import (METRICS, OBJECTS, OPTIMISERS, breaking, budget, composite, dense_spectrum, effective_rank, energy,
+                              energy_rank, judge, marchenko_pastur, random_product, reconstruction)
 from mla_video import PRESETS, Config, VideoDiT
 from sample import evaluate, pick_device, provenance, run, shift
 from toy_data import CAPTION_SLOTS, WORDS, centroid, colour_index, make_world, shape_index
@@ -54,7 +54,7 @@ class Plan:
     batch: int
     rollouts: int
     frames: int
-    lr: float                                              # of the matrices, under either optimiser: Muon's update is scaled to AdamW's size
+    lr: float                                              # of the matrices, either optimiser: Muon's update has AdamW's size
     clips: int = 2048                                      # a pool that training goes round and round
     held_out: int = 128
     euler: int = 8                                         # steps of a rollout's chunk
@@ -64,10 +64,10 @@ class Plan:
         return self.config.dim // 8
 
 
-FULL = Plan(TOY, widths=(1, 2, 4, 8, 16, 32, 128), dense_steps=800, tune_steps=200, object_steps=300, batch=32, rollouts=512, frames=36,
+FULL = Plan(TOY, widths=(1, 2, 4, 8, 16, 32, 128), dense_steps=800, tune_steps=200, object_steps=300, batch=32, rollouts=512, frames=24,
             lr=6e-3)
-QUICK = Plan(replace(TOY, dim=64, heads=2, layers=2, ffn=256, frames=6, window=6, height=8, width=8), widths=(1, 4, 8, 16, 64), dense_steps=300,
-             tune_steps=60, object_steps=100, batch=32, rollouts=64, frames=18, lr=2e-2, held_out=64)
+QUICK = Plan(replace(TOY, dim=64, heads=2, layers=2, ffn=256, frames=6, window=6, height=8, width=8), widths=(1, 4, 8, 16, 64),
+             dense_steps=300, tune_steps=60, object_steps=100, batch=32, rollouts=64, frames=18, lr=2e-2, held_out=64)
 
 
 # ---- what is trained ------------------------------------------------------------------------------------------------
@@ -118,39 +118,6 @@ def convert(model: VideoDiT, C: int, init: str = "spectral") -> VideoDiT:
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
-def weight(linear) -> Tensor:
-    return linear.weight.detach().cpu().double()
-
-
-def composite(layer: MLA) -> Tensor:
-    """M [H (N + V), E]: what a layer makes of its input for keys and values together, of rank C at most."""
-    return torch.cat((weight(layer.W_UK), weight(layer.W_UV))) @ weight(layer.W_DKV)
-
-
-def stacked(layer: Dense, balanced: bool = False) -> Tensor:
-    """[W_K; W_V] [2 E, E], as the paper takes it, or each divided by its Frobenius norm first (what from_dense balances by)."""
-    return torch.cat([W / W.norm() if balanced else W for W in (weight(layer.W_K), weight(layer.W_V))])
-
-
-def dense_spectrum(layer: Dense, start: Dense | None = None) -> dict:
-    """The spectrum of one layer; with `start`, the layer before training, also how far training has moved it."""
-    W, C = stacked(layer), layer.W_K.in_features // 8
-    s, balanced = torch.linalg.svdvals(W), torch.linalg.svdvals(stacked(layer, balanced=True))
-    found = {"rank99": energy_rank(s) / len(s), "kept": energy_kept(s, C), "kept_balanced": energy_kept(balanced, C),
-             "rank99_balanced": energy_rank(balanced) / len(s), "K_over_V": (weight(layer.W_K).norm() / weight(layer.W_V).norm()).item(),
-             "energy": energy(s).tolist()}
-    if start is not None:
-        update = W - stacked(start)
-        found |= {"moved": (update.norm() / stacked(start).norm()).item(), "rank99_update": energy_rank(torch.linalg.svdvals(update)) / len(s)}
-    return found
-
-
-def budget(layers: list[MLA]) -> dict:
-    """Share of its budget C that M uses, mean over layers: by the 99 % rule (0.99 at most), and by entropy (1 at most)."""
-    s = [torch.linalg.svdvals(composite(layer))[:layer.widths[0]] for layer in layers]
-    return {"rank99": mean(energy_rank(x) / len(x) for x in s), "effective": mean(effective_rank(x) / len(x) for x in s)}
-
-
 @torch.no_grad()
 def covariances(model: VideoDiT, video: Tensor, caption: Tensor) -> list[Tensor]:
     """Covariance [E, E] of the input of every self-attention over the tokens of clean clips, as `commit` sees them. Centred: a constant in
@@ -167,37 +134,17 @@ def covariances(model: VideoDiT, video: Tensor, caption: Tensor) -> list[Tensor]
 
 
 def latent_rank(model: VideoDiT, video: Tensor, caption: Tensor) -> dict:
-    """Effective rank of the latents on these clips, mean over layers: of the covariance of M x, since that of c_kv alone would depend on the
-    basis of the latent space, which nothing fixes."""
-    ranks = []
-    for layer, cov in zip([block.attention for block in model.blocks], covariances(model, video, caption)):
-        M = composite(layer)
-        ranks.append(torch.linalg.eigvalsh(M @ cov @ M.T).clamp_min(0).sqrt())
+    """Effective rank of the latents on these clips, mean over layers: of the covariance of M x, since that of c_kv alone would depend on
+    the basis of the latent space, which nothing fixes."""
+    M = [composite(block.attention) for block in model.blocks]
+    ranks = [torch.linalg.eigvalsh(W @ cov @ W.T).clamp_min(0).sqrt() for W, cov in zip(M, covariances(model, video, caption))]
     return {"effective": mean(effective_rank(s) for s in ranks), "rank99": mean(energy_rank(s) for s in ranks)}
-
-
-def reconstruction(dense: Dense, mla: MLA, cov: Tensor) -> dict:
-    """Share of [K; V] that the conversion loses, K and V balanced. In weights: predicted by the tail of the singular values, and measured.
-    On data, i.e. weighted by the covariance of the inputs: measured, and the least that any map of rank C could lose."""
-    H, C, N = dense.heads, mla.widths[0], mla.W_UK.out_features // dense.heads
-    W_K, W_V = weight(dense.W_K).unflatten(0, (H, -1)), weight(dense.W_V)
-    turning = fastest_channels(mla.widths[1], W_K.shape[1])                            # W_KR carries these; M carries the rest
-    content = W_K[:, [i for i in range(W_K.shape[1]) if i not in turning]].flatten(0, 1)
-    sizes = content.norm(), W_V.norm()
-    whole = torch.cat((content / sizes[0], W_V / sizes[1]))
-    M = composite(mla)
-    error = whole - torch.cat((M[:H * N] / sizes[0], M[H * N:] / sizes[1]))
-    lost = lambda X, by: (torch.trace(X @ by @ X.T) / torch.trace(whole @ by @ whole.T)).item()
-    values, vectors = torch.linalg.eigh(cov)
-    root = vectors * values.clamp_min(0).sqrt()
-    return {"predicted": 1 - energy_kept(torch.linalg.svdvals(whole), C), "measured": lost(error, torch.eye(len(cov)).double()),
-            "data": lost(error, cov), "data_best": 1 - energy_kept(torch.linalg.svdvals(whole @ root), C)}
 
 
 @torch.no_grad()
 def quality(model: VideoDiT, plan: Plan, held: Pool, seed: int) -> dict:
-    """All without captions. Held-out loss (one draw of noise for all models of a seed); the last chunk of held-out clips, made from noise given
-    their true past: share of frames with the true colour, the true shape, and the subject within a pixel of its true place, all of
+    """All without captions. Held-out loss (one draw of noise for all models of a seed); the last chunk of held-out clips, made from noise
+    given their true past: share of frames with the true colour, the true shape, and the subject within a pixel of its true place,
     which only the past can tell; and `survival` of long rollouts, whose past is the model's own."""
     device, c, none = model.embed.weight.device, model.config, torch.zeros_like(held.caption).to(model.embed.weight.device)
     noise = torch.Generator(device).manual_seed(seed)
@@ -209,7 +156,7 @@ def quality(model: VideoDiT, plan: Plan, held: Pool, seed: int) -> dict:
     for now, then in zip(sigmas, sigmas[1:]):
         x = x - (now - then) * model.denoise(x, x.new_full(x.shape[:2], now), none, cache, "materialised")
     made, true = x.float().cpu(), chunks[-1].cpu()
-    found |= {name: (index(made) == index(true)).float().mean().item() for name, index in (("colour", colour_index), ("shape", shape_index))}
+    found["colour"], found["shape"] = ((index(made) == index(true)).float().mean().item() for index in (colour_index, shape_index))
     found["place"] = ((centroid(made) - centroid(true)).norm(dim=-1) <= 1).float().mean().item()
     captions = torch.zeros(plan.rollouts, CAPTION_SLOTS, dtype=torch.long)
     return found | {"survival": evaluate(model, captions, plan.frames, seed, steps=plan.euler, route="materialised")["survival"]}
@@ -220,11 +167,18 @@ def measure(plan: Plan, device, say=print) -> dict:
     c, C = plan.config, plan.C
     rows = c.dim - c.heads * c.rope + c.dim                # of M: H (N + V)
     noise = [random_product(rows, C, c.dim, seed) for seed in range(20)]
-    found = {"E": c.dim, "C": C, "layers": c.layers, "widths": list(plan.widths), "chance_energy": energy(marchenko_pastur(c.dim, 0.5)).tolist(),
+    found = {"E": c.dim, "C": C, "layers": c.layers, "widths": list(plan.widths),
+             "chance_energy": energy(marchenko_pastur(c.dim, 0.5)).tolist(),
              "chance_budget": {"rank99": [energy_rank(s) / C for s in noise], "effective": [effective_rank(s) / C for s in noise]},
-             "chance_widths": {C: energy_rank(random_product(rows, C, c.dim, 0)) for C in plan.widths},
+             "chance_widths": {width: energy_rank(random_product(rows, width, c.dim, 0)) for width in plan.widths},
              "spectra": {name: [] for name in ("untrained", *OPTIMISERS)}, "reconstruction": [], "quality": [], "rank_by_width": [],
              "budget": {optimiser: {"spectral": [], "random": []} for optimiser in OPTIMISERS}, "latents": []}
+
+    def tune(mla, optimiser, pool, seed):                  # the averaged model and the curve of M's budget
+        start = [composite(block.attention) for block in mla.blocks]
+        return fit(mla, plan, optimiser, plan.tune_steps, pool, seed + 100, device,
+                   lambda model: budget([block.attention for block in model.blocks], start))
+
     for seed in SEEDS:
         torch.manual_seed(seed)
         start = VideoDiT(c)
@@ -232,32 +186,28 @@ def measure(plan: Plan, device, say=print) -> dict:
         found["spectra"]["untrained"].append([dense_spectrum(block.attention) for block in start.blocks])
         for optimiser in OPTIMISERS:
             dense, _ = fit(start, plan, optimiser, plan.dense_steps, pool, seed, device)
-            found["spectra"][optimiser].append([dense_spectrum(new.attention, old.attention) for new, old in zip(dense.blocks, start.blocks)])
-            tune = lambda model: fit(model, plan, optimiser, plan.tune_steps, pool, seed + 100, device,
-                                     lambda model: budget([block.attention for block in model.blocks]))
+            pairs = zip(dense.blocks, start.blocks)
+            found["spectra"][optimiser].append([dense_spectrum(new.attention, old.attention) for new, old in pairs])
             if optimiser == "Muon":                        # the sweep: conversion and quality at every C
-                found["quality"].append({"dense": quality(dense, plan, held, seed), "converted": {}, "tuned": {}})
-                found["reconstruction"].append({})
-                found["rank_by_width"].append({})
+                q, lost, ranks = {"dense": quality(dense, plan, held, seed), "converted": {}, "tuned": {}}, {}, {}
                 again = fit(dense.requires_grad_(True), plan, optimiser, plan.tune_steps, pool, seed + 100, device)[0]    # trained as long
-                found["quality"][-1]["dense_tuned"] = quality(again, plan, held, seed)
+                q["dense_tuned"] = quality(again, plan, held, seed)
                 moments = covariances(dense, held.video, held.caption)
                 for width in plan.widths:
                     mla = convert(dense, width)
                     layers = [reconstruction(old.attention, new.attention, cov) for old, new, cov in zip(dense.blocks, mla.blocks, moments)]
-                    found["reconstruction"][-1][width] = {key: mean(layer[key] for layer in layers) for key in layers[0]}
-                    found["quality"][-1]["converted"][width] = quality(copy.deepcopy(mla).to(device), plan, held, seed)
-                    tuned, curve = tune(mla)
-                    found["quality"][-1]["tuned"][width] = quality(tuned, plan, held, seed)
-                    found["rank_by_width"][-1][width] = width * curve[-1]["rank99"]
+                    lost[width] = {key: mean(layer[key] for layer in layers) for key in layers[0]}
+                    q["converted"][width] = quality(copy.deepcopy(mla).to(device), plan, held, seed)
+                    tuned, curve = tune(mla, optimiser, pool, seed)
+                    q["tuned"][width], ranks[width] = quality(tuned, plan, held, seed), width * curve[-1]["rank99"]
                     if width == C:
-                        found["budget"]["Muon"]["spectral"].append(curve)
+                        spectral = curve
+                for name, row in (("quality", q), ("reconstruction", lost), ("rank_by_width", ranks)):
+                    found[name].append(row)
             else:
-                found["budget"][optimiser]["spectral"].append(tune(convert(dense, C))[1])
-            tuned, curve = tune(convert(dense, C, "random"))
-            found["budget"][optimiser]["random"].append(curve)
-            if optimiser == "Muon":
-                found["quality"][-1]["tuned_random"] = quality(tuned, plan, held, seed)
+                spectral = tune(convert(dense, C), optimiser, pool, seed)[1]
+            found["budget"][optimiser]["spectral"].append(spectral)
+            found["budget"][optimiser]["random"].append(tune(convert(dense, C, "random"), optimiser, pool, seed)[1])
             say(f"seed {seed}: dense and converted, {optimiser}")
         found["latents"].append(latents(plan, seed, device))
         say(f"seed {seed}: latents of 1, 2, 4 objects")
@@ -289,9 +239,11 @@ def draw(found: dict, path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    pyplot.rcParams.update({"font.size": 12.5, "axes.titlesize": 13.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "lines.linewidth": 2.4,
-                            "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 11})
+    pyplot.rcParams.update({"font.size": 13, "axes.titlesize": 14, "axes.titleweight": "bold", "axes.titlelocation": "left",
+                            "lines.linewidth": 2.4, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+                            "legend.fontsize": 11.5, "legend.handlelength": 1.4, "legend.labelspacing": 0.3})
     figure, axes = pyplot.subplots(3, 2, figsize=(9, 12.5), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
     E, C, widths, Q = found["E"], found["C"], found["widths"], found["quality"]
     ticks = [str(width) for width in widths]
 
@@ -311,51 +263,57 @@ def draw(found: dict, path: Path) -> None:
     for name, color in (("untrained", GREY), ("AdamW", ORANGE), ("Muon", BLUE)):
         runs = [[mean(column) for column in zip(*(layer["energy"] for layer in layers))] for layers in found["spectra"][name]]
         line(ax, share, (100 * torch.tensor(runs).cumsum(1)).tolist(), name if name == "untrained" else f"trained, {name}", color)
-    ax.plot(share, 100 * torch.tensor(found["chance_energy"]).cumsum(0), color="0.3", linestyle=":", linewidth=1.4, label="noise, in theory")
+    thin = {"color": "0.3", "linestyle": ":", "linewidth": 1.6}
+    ax.plot(share, 100 * torch.tensor(found["chance_energy"]).cumsum(0), label="noise, in theory", **thin)
     ax.plot(12.5, 46, marker="*", markersize=14, color="black", linestyle="none", label="paper: 46 % at E / 8")
-    ax.set(title="1 Are trained weights low-rank?", xlabel="directions of [W_K; W_V] kept (% of E)", ylabel="energy kept (%)", xlim=(0, 100), ylim=(0, 101))
+    ax.set(title="1 Are trained weights low-rank?", xlabel="directions of [W_K; W_V] kept (% of E)", ylabel="energy kept (%)",
+           xlim=(0, 100), ylim=(0, 101))
     ax.legend(loc="lower right")
 
     ax = axes[0, 1]
     lost = lambda key: [[100 * run[width][key] for width in ticks] for run in found["reconstruction"]]
-    line(ax, widths, lost("predicted"), "weights, predicted", BLUE)
-    ax.plot(widths, torch.tensor(lost("measured")).mean(0), "o", color=BLUE, markersize=8, label="weights, measured")
-    line(ax, widths, lost("data"), "on data", ORANGE)
-    line(ax, widths, lost("data_best"), "on data, best cut", GREEN)
+    line(ax, widths, lost("predicted"), "weights: predicted", BLUE)
+    ax.plot(widths, torch.tensor(lost("measured")).mean(0), "o", color=BLUE, markersize=8, label="weights: measured")
+    line(ax, widths, lost("data"), "data: this cut", ORANGE)
+    line(ax, widths, lost("data_best"), "data: best cut", GREEN)
     chance = torch.tensor(found["chance_energy"]).cumsum(0)
     ax.plot(widths, [100 * (1 - chance[width - 1]) for width in widths], color=GREY, zorder=0, label="noise weights")
     along_C(ax)
     ax.set(title="2 What does a cut to C lose?", ylabel="[K; V] lost (% of energy)", ylim=(0, 101))
-    ax.legend()
+    ax.legend(loc="lower left")
 
     ax = axes[1, 0]
     value = lambda kind, key: [[q[kind][width][key] for width in ticks] for q in Q]
-    line(ax, widths, [[q["dense_tuned"]["loss"]] * len(widths) for q in Q], "dense, tuned as long", GREY)
+    line(ax, widths, [[q["dense_tuned"]["loss"]] * len(widths) for q in Q], "dense, trained as long", GREY)
     line(ax, widths, value("converted", "loss"), "right after the cut", ORANGE)
     line(ax, widths, value("tuned", "loss"), "after a short tuning", BLUE)
     along_C(ax)
-    ax.set(title="3 Does the quality go with it?", ylabel="held-out loss", yscale="log")
+    ax.set(title="3 Does the quality go with it?", ylabel="held-out loss (mean squared error)")
+    ax.set_ylim(bottom=0)
     ax.legend()
 
     ax = axes[1, 1]
-    ax.axhline(0, color=GREY, label="dense, tuned as long")
-    for name, color in zip(METRICS, (ORANGE, PURPLE, BLUE, GREEN)):
-        line(ax, widths, [[100 * (q["tuned"][width][name] - q["dense_tuned"][name]) for width in ticks] for q in Q], name, color, marker="o")
+    ax.axhline(0, color=GREY, label="dense, trained as long")
+    for i, (name, color) in enumerate(zip(METRICS, (ORANGE, PURPLE, BLUE, GREEN))):
+        behind = 100 * torch.tensor([[q["tuned"][width][name] - q["dense_tuned"][name] for width in ticks] for q in Q])
+        middle, at = behind.mean(0), [width * 1.06 ** (i - 1.5) for width in widths]   # side by side, or the bars hide one another
+        ax.errorbar(at, middle, (middle - behind.amin(0), behind.amax(0) - middle), color=color, marker="o", elinewidth=1.2, label=name)
     along_C(ax)
-    ax.set(title="4 Which C breaks what?", ylabel="MLA - dense (points)")
-    ax.legend()
+    ax.set(title="4 Which C breaks what?", ylabel="MLA - dense (% of frames, rollouts)")
+    ax.legend(loc="lower right")
 
     ax = axes[2, 0]
     chance = found["chance_budget"]["rank99"]
-    ax.axhspan(100 * min(chance), 100 * max(chance), color=GREY, alpha=0.5, linewidth=0, label="product of noise")
     for optimiser, color in (("Muon", BLUE), ("AdamW", ORANGE)):
         for init, style in (("spectral", "-"), ("random", "--")):
             curves = found["budget"][optimiser][init]
-            line(ax, [p["step"] for p in curves[0]], [[100 * p["rank99"] for p in curve] for curve in curves], f"{init}, {optimiser}", color, linestyle=style)
-    ax.axhline(99, color="0.3", linestyle=":", linewidth=1.4)
+            runs = [[100 * point["rank99"] for point in curve] for curve in curves]
+            line(ax, [point["step"] for point in curves[0]], runs, f"{init}, {optimiser}", color, linestyle=style)
+    ax.axhspan(100 * min(chance), 100 * max(chance), color=GREY, alpha=0.6, linewidth=0, zorder=0, label="product of noise")
+    ax.axhline(99, label="most there can be", **thin)
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"])
-    ax.set(title=f"5 How much of its budget does M use?", xlabel="step of tuning", ylabel=f"99 %-energy rank (% of C = {C})")
+    ax.set(title="5 Does M use its budget?", xlabel="step of tuning", ylabel=f"99 %-energy rank (% of C = {C})", ylim=(80, 100))
     ax.legend(loc="lower left")
 
     ax, steps = axes[2, 1], [str(n) for n in OBJECTS]
@@ -364,7 +322,7 @@ def draw(found: dict, path: Path) -> None:
     line(ax, OBJECTS, ranks("untrained"), "untrained", GREY)
     line(ax, OBJECTS, ranks("trained"), "trained", BLUE, marker="o")
     first = mean(run["trained"]["1"]["effective"] for run in found["latents"])
-    ax.plot(OBJECTS, [first * n for n in OBJECTS], color="0.3", linestyle=":", linewidth=1.4, label="as degrees of freedom")
+    ax.plot(OBJECTS, [first * n for n in OBJECTS], label="as degrees of freedom", **thin)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.set_xticks(OBJECTS, steps)
@@ -384,7 +342,10 @@ def report(out: dict) -> None:
         print(f"\n{v['verdict'].upper():20} {v['claim']}\n{'':20} rule: {v['rule']}")
         for name, (middle, low, high) in v["intervals"].items():
             print(f"{'':20} {name}: {middle:.3f} [{low:.3f}, {high:.3f}]")
-        print("\n".join(f"{'':20} {line}" for line in [f"not met: {need}" for need in v["unmet"]] + [f"control: {v['control']}"] * bool(v["control"])))
+        for line in [f"not met: {need}" for need in v["unmet"]] + [f"control: {v['control']}"] * bool(v["control"]):
+            print(f"{'':20} {line}")
+        if v["noise"]:
+            print(f"{'':20} (noise, or no training, passes this rule: true, and no discovery)")
     print("\nthe widest C that breaks it: " + ", ".join(f"{name} {width or 'none'}" for name, width in out["breaking"].items()))
 
 
@@ -410,13 +371,13 @@ def spectrum(args) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()                             # a path that cannot be written raises now
         torch.set_float32_matmul_precision("medium")       # as train.py
-        out = {**provenance(device), "plan": asdict(plan), "seeds": SEEDS}
+        out = {**provenance(device), "seconds": 0.0, "verdicts": [], "breaking": {}, "plan": asdict(plan), "seeds": SEEDS}
         out["found"] = measure(plan, device, lambda line: print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True))
         out["seconds"] = round(time.perf_counter() - start, 1)
     out |= {"verdicts": judge(out["found"]), "breaking": breaking(out["found"])}
     report(out)
     if not args.redraw:
-        path.write_text(json.dumps(out) + "\n")
+        path.write_text(json.dumps(out, indent=1) + "\n")
     try:
         draw(out["found"], figure)
         print(f"wrote {figure}")
@@ -431,7 +392,8 @@ def read(path: Path) -> dict:
         judge(out["found"])
         return out
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is not a results file of this experiment ({type(error).__name__}: {error}); give one that --json wrote") from None
+        raise ValueError(f"{path} is not a results file of this experiment ({type(error).__name__}: {error}); give one that --json "
+                         "wrote") from None
 
 
 if __name__ == "__main__":
