@@ -27,15 +27,15 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from torch import Tensor
 
 from attention import MLA
-from experiments.rank import (METRICS, OBJECTS, OPTIMISERS, breaking, budget, composite, dense_spectrum, effective_rank, energy,
-                              energy_rank, judge, marchenko_pastur, random_product, reconstruction)
+from experiments.rank import (METRICS, OBJECTS, OPTIMISERS, breaking, budget, composite, covariances, dense_spectrum, effective_rank,
+                              energy, energy_rank, judge, latent_rank, marchenko_pastur, random_product, reconstruction)
 from mla_video import PRESETS, Config, VideoDiT
+from objectives import teacher_forcing_loss
 from sample import evaluate, pick_device, provenance, run, shift
 from toy_data import CAPTION_SLOTS, WORDS, centroid, colour_index, make_world, shape_index
-from train import Recipe, Trainer, teacher_forcing_loss
+from trainer import Recipe, Trainer
 
 SEEDS = (0, 1, 2)
 # norm=False: a norm between W_DKV and W_UK (or behind W_K) is not linear, M would not be the whole story, from_dense would not be exact.
@@ -64,10 +64,9 @@ class Plan:
         return self.config.dim // 8
 
 
-FULL = Plan(TOY, widths=(1, 2, 4, 8, 16, 32, 128), dense_steps=800, tune_steps=200, object_steps=300, batch=32, rollouts=512, frames=24,
-            lr=6e-3)
-QUICK = Plan(replace(TOY, dim=64, heads=2, layers=2, ffn=256, frames=6, window=6, height=8, width=8), widths=(1, 4, 8, 16, 64),
-             dense_steps=300, tune_steps=60, object_steps=100, batch=32, rollouts=64, frames=18, lr=2e-2, held_out=64)
+FULL = Plan(TOY, (1, 2, 4, 8, 16, 32, 128), dense_steps=600, tune_steps=200, object_steps=200, batch=32, rollouts=512, frames=24, lr=1e-2)
+QUICK = Plan(replace(TOY, dim=64, heads=2, layers=2, ffn=256, frames=6, window=6, height=8, width=8), (1, 4, 8, 16, 64),
+             dense_steps=300, tune_steps=100, object_steps=100, batch=32, rollouts=64, frames=18, lr=2e-2, held_out=64)
 
 
 # ---- what is trained ------------------------------------------------------------------------------------------------
@@ -75,11 +74,11 @@ QUICK = Plan(replace(TOY, dim=64, heads=2, layers=2, ffn=256, frames=6, window=6
 class Pool:
     """Clips made once, dealt round and round. With more than one object: the pixelwise maximum of that many independent clips."""
 
-    def __init__(self, clips: int, config: Config, seed: int, objects: int = 1, captions: bool = True):
+    def __init__(self, clips: int, config: Config, seed: int, device, objects: int = 1, captions: bool = True):
         world = make_world("shapes", config.frames, config.height, seed)
         parts = [world.batch(range(i * clips, (i + 1) * clips)) for i in range(objects)]
-        self.video, self.caption = torch.stack([video for video, _ in parts]).amax(0), parts[0][1] * captions
-        self.name, self.frames, self.size, self.seed, self.reads = "shapes", config.frames, config.height, seed, ""
+        self.video = torch.stack([video for video, _ in parts]).amax(0).to(device)
+        self.caption = (parts[0][1] * captions).to(device)
 
     def batch(self, indices):
         pick = torch.tensor([i % len(self.video) for i in indices])
@@ -91,8 +90,9 @@ def fit(model: VideoDiT, plan: Plan, optimiser: str, steps: int, world, seed: in
     recipe = Recipe(steps=steps, batch=plan.batch, lr_muon=plan.lr, lr_adamw=plan.lr / 2, warmup=min(50, steps // 4), drop=0.5, seed=seed)
     trainer = Trainer(copy.deepcopy(model), recipe, world, device)
     if optimiser == "AdamW":                               # for the matrices, too; everything else has it anyway
-        matrices = trainer.optimisers[0].param_groups[0]["params"]
-        trainer.optimisers[0] = torch.optim.AdamW(matrices, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.01)
+        optimisers = trainer.learner.optimisers
+        optimisers[0] = torch.optim.AdamW(optimisers[0].param_groups[0]["params"], lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.01,
+                                          capturable=device.type == "cuda")
     due = {0, steps} | {m * 10**e for e in range(5) for m in (1, 2, 5)}
     curve = []
     for step in range(steps + 1):
@@ -100,6 +100,8 @@ def fit(model: VideoDiT, plan: Plan, optimiser: str, steps: int, world, seed: in
             curve.append({"step": step, **probe(trainer.model)})
         if step < steps:
             trainer.update(*trainer.batch(trainer.step))
+    trainer.read_losses()                                  # raises if it diverged
+    trainer.recorded.clear()                               # the recorded step refers to its trainer: on a GPU gigabytes would stay
     return trainer.ema, curve
 
 
@@ -109,8 +111,7 @@ def convert(model: VideoDiT, C: int, init: str = "spectral") -> VideoDiT:
     positional key are all that is approximated: C = E shows the second alone."""
     c, model = model.config, copy.deepcopy(model).cpu()
     mla = VideoDiT(replace(c, attention="mla", latent=C, query_latent=c.dim))
-    kept = {name: value for name, value in model.state_dict().items() if ".attention." not in name}
-    mla.load_state_dict(kept, strict=False)
+    mla.load_state_dict({name: value for name, value in model.state_dict().items() if ".attention." not in name}, strict=False)
     for new, old in zip(mla.blocks, model.blocks):
         new.attention = MLA.from_dense(old.attention, C, c.dim, c.rope, init)
     return mla.requires_grad_(True)
@@ -119,37 +120,14 @@ def convert(model: VideoDiT, C: int, init: str = "spectral") -> VideoDiT:
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def covariances(model: VideoDiT, video: Tensor, caption: Tensor) -> list[Tensor]:
-    """Covariance [E, E] of the input of every self-attention over the tokens of clean clips, as `commit` sees them. Centred: a constant in
-    all keys changes no softmax, one in all values is a bias."""
-    device, inputs = model.embed.weight.device, []
-    first = [block.attention.W_DKV if isinstance(block.attention, MLA) else block.attention.W_K for block in model.blocks]
-    hooks = [layer.register_forward_hook(lambda layer, args, out: inputs.append(args[0].detach())) for layer in first]
-    video = video.to(device)
-    model(video, video, torch.zeros(video.shape[:2], device=device), caption.to(device))
-    for hook in hooks:
-        hook.remove()
-    tokens = video.shape[1] * model.config.tokens          # the clean half of the sequence
-    return [torch.cov(x[:, :tokens].flatten(0, 1).cpu().double().T) for x in inputs]
-
-
-def latent_rank(model: VideoDiT, video: Tensor, caption: Tensor) -> dict:
-    """Effective rank of the latents on these clips, mean over layers: of the covariance of M x, since that of c_kv alone would depend on
-    the basis of the latent space, which nothing fixes."""
-    M = [composite(block.attention) for block in model.blocks]
-    ranks = [torch.linalg.eigvalsh(W @ cov @ W.T).clamp_min(0).sqrt() for W, cov in zip(M, covariances(model, video, caption))]
-    return {"effective": mean(effective_rank(s) for s in ranks), "rank99": mean(energy_rank(s) for s in ranks)}
-
-
-@torch.no_grad()
 def quality(model: VideoDiT, plan: Plan, held: Pool, seed: int) -> dict:
     """All without captions. Held-out loss (one draw of noise for all models of a seed); the last chunk of held-out clips, made from noise
     given their true past: share of frames with the true colour, the true shape, and the subject within a pixel of its true place,
     which only the past can tell; and `survival` of long rollouts, whose past is the model's own."""
-    device, c, none = model.embed.weight.device, model.config, torch.zeros_like(held.caption).to(model.embed.weight.device)
+    device, c, none = model.embed.weight.device, model.config, torch.zeros_like(held.caption)
     noise = torch.Generator(device).manual_seed(seed)
-    found = {"loss": teacher_forcing_loss(model, held.video.to(device), none, Recipe(), noise)[0].item()}
-    cache, chunks = model.make_cache(len(none)), held.video.to(device).split(c.chunk, dim=1)
+    found = {"loss": teacher_forcing_loss(model, held.video, none, Recipe(), noise)[0].item()}
+    cache, chunks = model.make_cache(len(none)), held.video.split(c.chunk, dim=1)
     for chunk in chunks[:-1]:
         model.commit(chunk, none, cache, "materialised")
     x, sigmas = torch.randn(chunks[-1].shape, generator=noise, device=device), [shift(1 - i / plan.euler) for i in range(plan.euler + 1)]
@@ -158,12 +136,12 @@ def quality(model: VideoDiT, plan: Plan, held: Pool, seed: int) -> dict:
     made, true = x.float().cpu(), chunks[-1].cpu()
     found["colour"], found["shape"] = ((index(made) == index(true)).float().mean().item() for index in (colour_index, shape_index))
     found["place"] = ((centroid(made) - centroid(true)).norm(dim=-1) <= 1).float().mean().item()
-    captions = torch.zeros(plan.rollouts, CAPTION_SLOTS, dtype=torch.long)
-    return found | {"survival": evaluate(model, captions, plan.frames, seed, steps=plan.euler, route="materialised")["survival"]}
+    none = torch.zeros(plan.rollouts, CAPTION_SLOTS, dtype=torch.long)
+    return found | {"survival": evaluate(model, none, plan.frames, seed, steps=plan.euler, route="materialised")["survival"]}
 
 
-def measure(plan: Plan, device, say=print) -> dict:
-    """All of it, per seed: everything `judge` and `draw` need, and nothing judged yet."""
+def measure(plan: Plan, device, keep) -> None:
+    """All of it, seed by seed: everything `judge` and `draw` need, and nothing judged yet. `keep` is given what there is after each."""
     c, C = plan.config, plan.C
     rows = c.dim - c.heads * c.rope + c.dim                # of M: H (N + V)
     noise = [random_product(rows, C, c.dim, seed) for seed in range(20)]
@@ -182,12 +160,11 @@ def measure(plan: Plan, device, say=print) -> dict:
     for seed in SEEDS:
         torch.manual_seed(seed)
         start = VideoDiT(c)
-        pool, held = Pool(plan.clips, c, seed), Pool(plan.held_out, c, 10_000 + seed)
+        pool, held = (Pool(clips, c, s, device) for clips, s in ((plan.clips, seed), (plan.held_out, 10_000 + seed)))
         found["spectra"]["untrained"].append([dense_spectrum(block.attention) for block in start.blocks])
         for optimiser in OPTIMISERS:
             dense, _ = fit(start, plan, optimiser, plan.dense_steps, pool, seed, device)
-            pairs = zip(dense.blocks, start.blocks)
-            found["spectra"][optimiser].append([dense_spectrum(new.attention, old.attention) for new, old in pairs])
+            found["spectra"][optimiser].append([dense_spectrum(a.attention, b.attention) for a, b in zip(dense.blocks, start.blocks)])
             if optimiser == "Muon":                        # the sweep: conversion and quality at every C
                 q, lost, ranks = {"dense": quality(dense, plan, held, seed), "converted": {}, "tuned": {}}, {}, {}
                 again = fit(dense.requires_grad_(True), plan, optimiser, plan.tune_steps, pool, seed + 100, device)[0]    # trained as long
@@ -208,10 +185,8 @@ def measure(plan: Plan, device, say=print) -> dict:
                 spectral = tune(convert(dense, C), optimiser, pool, seed)[1]
             found["budget"][optimiser]["spectral"].append(spectral)
             found["budget"][optimiser]["random"].append(tune(convert(dense, C, "random"), optimiser, pool, seed)[1])
-            say(f"seed {seed}: dense and converted, {optimiser}")
         found["latents"].append(latents(plan, seed, device))
-        say(f"seed {seed}: latents of 1, 2, 4 objects")
-    return json.loads(json.dumps(found))                   # keys become strings, as they will be when it is read from its file
+        keep(json.loads(json.dumps(found)))                # keys become strings, as they will be when it is read from its file
 
 
 def latents(plan: Plan, seed: int, device) -> dict:
@@ -221,9 +196,10 @@ def latents(plan: Plan, seed: int, device) -> dict:
     model = VideoDiT(replace(plan.config, attention="mla", latent=plan.config.dim // 2, query_latent=plan.config.dim)).to(device)
     found = {"trained": {}, "untrained": {}, "noise": {}}
     for objects in OBJECTS:
-        pool, held = (Pool(n, plan.config, s, objects, captions=False) for n, s in ((plan.clips, seed), (plan.held_out, 10_000 + seed)))
+        pool, held = (Pool(clips, plan.config, s, device, objects, captions=False)
+                      for clips, s in ((plan.clips, seed), (plan.held_out, 10_000 + seed)))
         trained, _ = fit(model, plan, "Muon", plan.object_steps, pool, seed, device)
-        static = torch.randn(held.video.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+        static = torch.randn(held.video.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1).to(device)
         for name, net, video in (("trained", trained, held.video), ("untrained", model, held.video), ("noise", trained, static)):
             found[name][objects] = latent_rank(net, video, held.caption)
     return found
@@ -313,8 +289,9 @@ def draw(found: dict, path: Path) -> None:
     ax.axhline(99, label="most there can be", **thin)
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"])
-    ax.set(title="5 Does M use its budget?", xlabel="step of tuning", ylabel=f"99 %-energy rank (% of C = {C})", ylim=(80, 100))
-    ax.legend(loc="lower left")
+    ax.set(title="5 Does M use its budget?", xlabel="step of tuning", ylabel=f"99 %-energy rank (% of C = {C})",
+           xlim=(-0.2, None), ylim=(80, 100), yticks=range(80, 101, 5))
+    ax.legend()
 
     ax, steps = axes[2, 1], [str(n) for n in OBJECTS]
     ranks = lambda kind: [[run[kind][n]["effective"] for n in steps] for run in found["latents"]]
@@ -353,6 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; `argv` None takes the process' own. Exits with code 2 and one line on input it cannot use."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller model and shorter training, for a CPU")
+    parser.add_argument("--times", type=int, default=1, metavar="N", help="train everything N times as long")
     parser.add_argument("--json", type=Path, help="where the results go (default: results/spectrum.json, with --quick out/spectrum.json)")
     parser.add_argument("--figure", type=Path, help="where the figure goes (default: beside the results, .png)")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="judge and draw the results in this file; nothing is trained")
@@ -367,13 +345,21 @@ def spectrum(args) -> None:
     if args.redraw:
         out = read(path)
     else:
+        if args.times < 1:
+            raise ValueError(f"--times must be at least 1, got {args.times}")
         device, plan, start = pick_device(args.device), QUICK if args.quick else FULL, time.perf_counter()
+        plan = replace(plan, **{name: args.times * getattr(plan, name) for name in ("dense_steps", "tune_steps", "object_steps")})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()                             # a path that cannot be written raises now
         torch.set_float32_matmul_precision("medium")       # as train.py
-        out = {**provenance(device), "seconds": 0.0, "verdicts": [], "breaking": {}, "plan": asdict(plan), "seeds": SEEDS}
-        out["found"] = measure(plan, device, lambda line: print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True))
-        out["seconds"] = round(time.perf_counter() - start, 1)
+        out = {**provenance(device), "seconds": 0, "verdicts": [], "breaking": {}, "plan": asdict(plan), "seeds": SEEDS}
+
+        def keep(found):                                   # whatever stops the rest, what is measured stays
+            out.update(found=found, seconds=round(time.perf_counter() - start, 1))
+            path.write_text(json.dumps(out, indent=1) + "\n")
+            print(f"{out['seconds']:5.0f} s  {len(found['latents'])} of {len(SEEDS)} seeds measured", flush=True)
+
+        measure(plan, device, keep)
     out |= {"verdicts": judge(out["found"]), "breaking": breaking(out["found"])}
     report(out)
     if not args.redraw:
@@ -392,8 +378,7 @@ def read(path: Path) -> dict:
         judge(out["found"])
         return out
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is not a results file of this experiment ({type(error).__name__}: {error}); give one that --json "
-                         "wrote") from None
+        raise ValueError(f"{path} is no results file of this experiment ({type(error).__name__}: {error}); give one it wrote") from None
 
 
 if __name__ == "__main__":

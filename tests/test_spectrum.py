@@ -136,8 +136,39 @@ def test_covariance_is_that_of_the_layer_inputs_on_clean_tokens():
         for chunk in video.split(3, dim=1):                # what streaming stores
             model.commit(chunk, caption, cache)
     hook.remove()
-    got = spectrum.covariances(model, video, caption)[0]
+    got = rank.covariances(model, video, caption)[0]
     assert torch.allclose(got, torch.cov(torch.cat(seen, 1).flatten(0, 1).T).double(), atol=1e-5)
+
+
+def test_conversion_replaces_self_attention_and_nothing_else():
+    torch.manual_seed(0)
+    model = VideoDiT(TINY.config)
+    mla = spectrum.convert(model, C)
+    old, new = model.state_dict(), mla.state_dict()
+    rest = [name for name in old if ".attention." not in name]
+    assert rest and all(torch.equal(old[name], new[name]) for name in rest)
+    assert [block.attention.widths for block in mla.blocks] == [(C, TINY.config.rope)]
+    assert torch.linalg.matrix_rank(rank.composite(mla.blocks[0].attention)) == C
+
+
+@pytest.mark.parametrize("optimiser, kind", [("Muon", torch.optim.Muon), ("AdamW", torch.optim.AdamW)])
+def test_each_arm_trains_the_matrices_by_its_own_optimiser(optimiser, kind, monkeypatch):
+    made = []
+
+    class Kept(spectrum.Trainer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append((self, self.learner.optimisers[0].param_groups[0]["params"]))
+
+    monkeypatch.setattr(spectrum, "Trainer", Kept)
+    torch.manual_seed(0)
+    model, pool = VideoDiT(TINY.config), spectrum.Pool(4, TINY.config, 0, torch.device("cpu"))
+    end, curve = spectrum.fit(model, TINY, optimiser, 2, pool, 0, torch.device("cpu"), lambda model: {"here": 1})
+    (trainer, matrices), group = made[0], made[0][0].learner.optimisers[0].param_groups[0]
+    assert type(trainer.learner.optimisers[0]) is kind and [id(p) for p in group["params"]] == [id(p) for p in matrices]
+    assert group["lr"] == TINY.lr and [point["step"] for point in curve] == [0, 1, 2]
+    found = rank.dense_spectrum(end.blocks[0].attention, model.blocks[0].attention)
+    assert found["moved"] > 0                              # a copy was trained: the model that was given is still where it started
 
 
 # ---- verdicts that can come out false -------------------------------------------------------------------------------
@@ -202,11 +233,11 @@ def test_lost_quality_is_called_so_and_an_insensitive_test_is_not_believed():
     found = world_where_all_holds()
     for q in found["quality"]:
         q["tuned"]["4"] = q["tuned"]["1"]
-    assert verdict(found, "keeps the quality") == REFUTED and rank.breaking(found)["survival"] == 4
+    assert verdict(found, "true past") == verdict(found, "long rollouts") == REFUTED and rank.breaking(found)["survival"] == 4
     found = world_where_all_holds()
     for q in found["quality"]:
         q["tuned"]["1"] = q["tuned"]["4"]                  # one latent does as well: then nothing has been shown about four
-    assert verdict(found, "keeps the quality") == OPEN and rank.breaking(found)["survival"] is None
+    assert verdict(found, "true past") == verdict(found, "long rollouts") == OPEN and rank.breaking(found)["survival"] is None
 
 
 def test_weights_that_training_left_alone_prove_nothing():
@@ -254,7 +285,7 @@ def test_one_command_measures_judges_and_draws(tmp_path, monkeypatch, capsys):
     path = tmp_path / "new" / "spectrum.json"
     assert run("--quick", "--device", "cpu", "--json", path) == 0
     out = json.loads(path.read_text())
-    assert {"command", "commit", "device", "versions", "plan", "found", "verdicts"} <= set(out) and len(out["verdicts"]) == 9
+    assert {"command", "commit", "device", "versions", "plan", "found", "verdicts"} <= set(out) and len(out["verdicts"]) == 10
     assert all({len(v) for v in verdict["intervals"].values()} == {3} for verdict in out["verdicts"])
     for run_ in out["found"]["reconstruction"]:            # three seeds, each C: measured as predicted
         assert all(row["measured"] == pytest.approx(row["predicted"], abs=1e-5) for row in run_.values())
@@ -264,15 +295,30 @@ def test_one_command_measures_judges_and_draws(tmp_path, monkeypatch, capsys):
     assert run("--redraw", path, "--figure", tmp_path / "again.png") == 0 and (tmp_path / "again.png").exists()
 
 
+def test_what_was_measured_outlives_an_interrupted_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(spectrum, "QUICK", TINY)
+
+    def interrupted(plan, seed, device, latents=spectrum.latents):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return latents(plan, seed, device)
+
+    monkeypatch.setattr(spectrum, "latents", interrupted)
+    path = tmp_path / "spectrum.json"
+    assert run("--quick", "--device", "cpu", "--json", path) == 130
+    monkeypatch.undo()
+    assert run("--redraw", path) == 0                      # two seeds of three: wider intervals, same rules
+
+
 def test_pool_of_several_objects():
-    one, two = (spectrum.Pool(4, TINY.config, 0, objects, captions=False) for objects in (1, 2))
+    one, two = (spectrum.Pool(4, TINY.config, 0, torch.device("cpu"), objects, captions=False) for objects in (1, 2))
     assert (two.video >= one.video).all() and (two.video > one.video).any() and not two.caption.any()
     video, _ = two.batch(range(5))
     assert torch.equal(video[4], video[0])                 # round and round
 
 
 @pytest.mark.parametrize("arguments", [["--device", "abacus"], ["--redraw", "nowhere.json"], ["--redraw", __file__], ["--json", "/"],
-                                       ["--redraw", "EMPTY"]])
+                                       ["--times", "0"], ["--redraw", "EMPTY"]])
 def test_bad_input_is_one_line_and_code_2(arguments, tmp_path, capsys):
     (tmp_path / "empty.json").write_text("[]")
     arguments = [tmp_path / "empty.json" if a == "EMPTY" else a for a in arguments]
