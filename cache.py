@@ -110,6 +110,19 @@ class RollingCache:
             buffers.append(view.flatten(2, 3))
         self.buffers, self.seen = tuple(buffers), now
 
+    def rewind(self) -> None:
+        """Name the frames of a full window anew, as if the video were as young as it can be with a full window and its chunk at the
+        horizon: what is visible, its positions and the order of eviction stay (test_an_old_window_can_be_renamed). So long videos of any
+        age are one case for what must not change from call to call (a recorded graph), and `seen` never overflows."""
+        if self.seen < max(self.slots, self.horizon - self.chunk):
+            raise ValueError(f"only a full window at the horizon can be renamed; {self.seen} frames were seen")
+        if self.ring:
+            oldest = (self.seen - self.sink) % self.ring   # its slot in the ring becomes the first
+            self.buffers = tuple(torch.cat((view[:, :, :self.sink], view[:, :, self.sink:].roll(-oldest, 2)), 2).flatten(2, 3)
+                                 for view in (buffer.unflatten(2, (self.slots, self.tokens)) for buffer in self.buffers))
+        turns = -(-(self.horizon - self.chunk - self.sink) // max(self.ring, 1))       # whole turns of the ring, rounded up
+        self.seen = self.sink + turns * max(self.ring, 1)
+
     def reset(self) -> None:
         """Forget everything, keep the memory."""
         self.seen = 0

@@ -206,7 +206,7 @@ class VideoDiT(nn.Module):
         return RollingCache(c.layers, batch, self.blocks[0].attention.widths, tokens=c.tokens, chunk=c.chunk, window=c.window,
                             sink=c.sink, horizon=c.frames, device=device or weight.device, dtype=dtype or weight.dtype)
 
-    # ---- the three ways to run it -----------------------------------------------------------------------------------
+    # ---- the ways to run it -----------------------------------------------------------------------------------------
 
     def forward(self, clean: Tensor, noisy: Tensor, sigma: Tensor, caption: Tensor, route: str = "materialised") -> Tensor:
         """Teacher forcing: v of the noisy frames of a whole clip, each chunk given the clean chunks before it.
@@ -224,6 +224,11 @@ class VideoDiT(nn.Module):
             mask = mask.repeat_interleave(self.config.tokens, 0).repeat_interleave(self.config.tokens, 1)
         v, _ = self._run(x, sigma, caption, frame, frame, route, mask=mask, ask=len(frames))
         return v
+
+    def bidirectional(self, x: Tensor, sigma: Tensor, caption: Tensor, route: str = "materialised") -> Tensor:
+        """v of a whole clip in which every frame sees every other: the score of whole videos that stages 0 and 3 work with."""
+        frames = torch.arange(x.shape[1], device=x.device)
+        return self._run(x, sigma, caption, frames, frames, route)[0]
 
     def denoise(self, x: Tensor, sigma: Tensor, caption: Tensor, cache: RollingCache, route: str = "auto") -> Tensor:
         """v of one chunk [B, chunk, ...] given the committed past. The cache is only looked at."""

@@ -13,8 +13,9 @@ imports it for the loss, so that sign and direction of time cannot disagree):
 """
 
 import argparse
-import math
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,9 @@ from mla_video import ROUTES, VideoDiT
 from toy_data import decode_caption, encode_caption, make_world, survival_report
 
 SHIFT = 3.0                                                # spends more of training and of sampling at high noise
+FEW_STEPS, FEW_SHIFT = 4, 5.0                              # the few-step sampler of stages 2 and 3: its levels are the literature's
+SAMPLERS = {"tf": dict(sampler="euler", steps=12), "cd": dict(sampler="consistency", steps=FEW_STEPS),
+            "dmd": dict(sampler="consistency", steps=FEW_STEPS)}       # how a model of each stage is meant to be sampled
 PROMPTS = ("slow red disc", "slow blue square", "fast green triangle", "fast yellow disc")
 
 
@@ -105,23 +109,36 @@ class CompiledChunk:
 
 
 @torch.no_grad()
-def rollout(model: VideoDiT, caption: Tensor, frames: int, *, steps: int = 12, guidance: float = 1.0, route: str = "auto",
-            generator: torch.Generator | None = None, compile: bool | str = False, say=lambda line: None) -> Iterator[Tensor]:
+def rollout(model: VideoDiT, caption: Tensor, frames: int, *, steps: int = 12, sampler: str = "euler", guidance: float = 1.0,
+            route: str = "auto", switch: dict[int, Tensor] | None = None, exit: int | None = None, record: bool = False,
+            memory: RollingCache | None = None, generator: torch.Generator | None = None, compile: bool | str = False, say=lambda line: None) -> Iterator[Tensor]:
     """Yield chunks [B, chunk, channels, height, width] in about [-1, 1] until `frames` frames are made (0: without end).
 
-    Every chunk starts as noise, takes `steps` Euler steps while it looks at the cache of its predecessors, and is
-    then committed. Memory and time per chunk do not depend on how long the video already is. `guidance` w > 1
-    uses v(none) + w (v(caption) - v(none)), and the caption-free model needs *its own* cache: its past means
-    something else (sharing one is a classic silent bug). `compile` (True, or the name of a torch.compile backend) goes over
-    to a `CompiledChunk` once the window is full; until then shapes still grow, and passes run eagerly. `say` is told so.
+    Every chunk starts as noise, takes `steps` passes while it looks at the cache of its predecessors, and is then committed.
+    Memory and time per chunk do not depend on how long the video already is.
+      sampler   "euler" follows the flow, (F3). "consistency", for models after stage 2, jumps to the answer (F4) and goes back to the
+                next level with *fresh* noise; its levels are S_5(1 - i / steps): for 4 steps 1, 0.9375, 0.8333, 0.625, kept as floats.
+      guidance  w > 1 uses v(none) + w (v(caption) - v(none)), and the caption-free model needs *its own* cache: its past means
+                something else (sharing one is a classic silent bug).
+      switch    {frame: caption [B, slots]}: from the chunk that begins at or after `frame` on, another caption.
+      exit      leave every chunk after pass `exit` with its answer (F4); `record` then records the gradient of that one pass.
+                This is the rollout that stage 3 trains on (objectives.self_rollout): there is no second one.
+      memory    go on with the video of this cache, and leave its end there.
+      compile   True, or the name of a torch.compile backend: go over to a `CompiledChunk` once the window is full; until then shapes
+                still grow, and passes run eagerly. `say` is told so.
     """
-    c, device = model.config, model.embed.weight.device
-    sigmas = [shift(1 - i / steps) for i in range(steps + 1)]                          # 1 ... 0
+    if sampler not in ("euler", "consistency"):
+        raise ValueError(f"sampler must be 'euler' or 'consistency', got {sampler!r}")
+    c, device, few = model.config, model.embed.weight.device, sampler == "consistency"
+    sigmas = [shift(1 - i / steps, FEW_SHIFT if few else SHIFT) for i in range(steps + 1)]     # 1 ... 0
     caption, none = caption.to(device), torch.zeros_like(caption, device=device)
-    memory = model.make_cache(len(caption))
+    memory = model.make_cache(len(caption)) if memory is None else memory
     memory_none = model.make_cache(len(caption)) if guidance != 1 else None
-    dtype, model_none, eager = model.embed.weight.dtype, model, True
-    for _ in iter(int, 1) if frames == 0 else range(math.ceil(frames / c.chunk)):      # iter(int, 1) never ends
+    dtype, model_none, eager, switch = model.embed.weight.dtype, model, True, dict(sorted((switch or {}).items()))
+    home = generator.device if generator is not None else device
+    for made in itertools.count(0, c.chunk) if frames == 0 else range(0, frames, c.chunk):
+        while switch and next(iter(switch)) <= made:
+            caption = switch.pop(next(iter(switch))).to(device)
         if compile and eager and memory.filled == memory.slots:
             say(f"compiling   the window is full after {memory.seen} frames: one graph per pass from here on")
             eager, start, backend = False, time.perf_counter(), compile if isinstance(compile, str) else "inductor"
@@ -132,15 +149,27 @@ def rollout(model: VideoDiT, caption: Tensor, frames: int, *, steps: int = 12, g
             memory = model.window
             say(f"compiled    in {time.perf_counter() - start:.0f} s" + ", captured as a CUDA graph" * (device.type == "cuda"))
         shape = len(caption), c.chunk, c.channels, c.height, c.width
-        home = generator.device if generator is not None else device
-        x = torch.randn(shape, generator=generator, device=home).to(device, dtype)
-        for now, then in zip(sigmas, sigmas[1:]):
-            sigma = x.new_full(shape[:2], now)
-            v = model.denoise(x, sigma, caption, memory, route)
-            if guidance != 1:
-                v_none = model_none.denoise(x, sigma, none, memory_none, route)
-                v = v_none + guidance * (v - v_none)
-            x = x - (now - then) * v                                                                          # (F3)
+
+        def noise() -> Tensor:
+            return torch.randn(shape, generator=generator, device=home).to(device, dtype)
+
+        x = noise()
+        for step, (now, then) in enumerate(zip(sigmas, sigmas[1:])):
+            leave = step == exit
+            with torch.set_grad_enabled(record and leave):
+                sigma = x.new_full(shape[:2], now)
+                v = model.denoise(x, sigma, caption, memory, route)
+                if guidance != 1:
+                    v_none = model_none.denoise(x, sigma, none, memory_none, route)
+                    v = v_none + guidance * (v - v_none)
+                if few or leave:
+                    x = x - now * v                                                                           # (F4)
+                else:
+                    x = x - (now - then) * v                                                                  # (F3)
+            if leave:
+                break
+            if few and then > 0:
+                x = add_noise(x, noise(), x.new_full(shape[:2], then))                                        # (F1)
         model.commit(x, caption, memory, route)
         if guidance != 1:
             model_none.commit(x, none, memory_none, route)
@@ -215,9 +244,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Stream a video out of a trained model and write it to a GIF as it grows.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "checkpoints/toy.pt"), help="a file written by train.py")
-    parser.add_argument("--prompt", action="append", help='a caption such as "fast red disc"; may be given again for a second video')
+    parser.add_argument("--prompt", action="append", help='a caption such as "fast red disc"; given again, a second video; "48: blue square" '
+                        "is no video of its own but changes the caption of the one before it at frame 48")
     parser.add_argument("--frames", type=int, default=120, help="frames to make; 0 streams until Ctrl-C")
-    parser.add_argument("--steps", type=int, default=12, help="Euler steps per chunk")
+    parser.add_argument("--sampler", choices=("euler", "consistency"), help="default: what the checkpoint's stage was trained for")
+    parser.add_argument("--steps", type=int, help="passes per chunk; default: 12 after tf, 4 after cd and dmd")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance weight; 1 is off")
     parser.add_argument("--route", default="auto", choices=("auto", *ROUTES), help="how attention is computed; the answer is the same")
     parser.add_argument("--out", default="out", help="a folder (for sample.gif) or the name of a .gif")
@@ -252,13 +283,16 @@ def pick_device(name: str) -> torch.device:
 def sample_from(args) -> None:
     """Check the flags, load, stream, write, report. ValueError in one line for what the user can mend."""
     for name, low in (("frames", 0), ("steps", 1), ("evaluate", 0), ("seed", 0)):
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name} must be at least {low}, got {getattr(args, name)}")
+        if (value := getattr(args, name)) is not None and value < low:
+            raise ValueError(f"--{name} must be at least {low}, got {value}")
     device = pick_device(args.device)
     model, about = load_model(args.checkpoint)
     model.to(device)
     compile = device.type == "cuda" if args.compile is None else args.compile
-    how = dict(steps=args.steps, guidance=args.guidance, route=args.route, compile=compile, say=lambda line: print(line, file=sys.stderr))
+    if (stage := about.get("stage", "tf")) not in SAMPLERS:
+        raise ValueError(f"{args.checkpoint} is a {stage} model: it sees past and future at once, so it cannot stream; give one of {', '.join(SAMPLERS)}")
+    how = {**SAMPLERS[stage], **{name: value for name in ("sampler", "steps") if (value := getattr(args, name)) is not None},
+           "guidance": args.guidance, "route": args.route, "compile": compile, "say": lambda line: print(line, file=sys.stderr)}
     data = about.get("data")
     if args.evaluate:
         if data != "shapes":
@@ -266,23 +300,42 @@ def sample_from(args) -> None:
         report_survival(model, args.evaluate, args.frames, args.seed, **how)
         return
     prompts = args.prompt or list(PROMPTS if data == "shapes" else [""] * 4)
-    captions = torch.stack([encode_caption(prompt) for prompt in prompts])
+    captions, switch = read_prompts(prompts)
     generator = torch.Generator().manual_seed(args.seed)
     path = Path(args.out) if args.out.endswith(".gif") else Path(args.out) / "sample.gif"
     gif, made, start = GifWriter(path), 0, time.perf_counter()
     try:
-        for chunk in rollout(model, captions, args.frames, generator=generator, **how):
+        for chunk in rollout(model, captions, args.frames, switch=switch, generator=generator, **how):
             gif.append(to_pixels(chunk)[:max(args.frames - made, 0) or None])
             made += model.config.chunk
             print(f"\r{made} frames", end="", file=sys.stderr)
     finally:
         print(file=sys.stderr)
     seconds = time.perf_counter() - start
-    print(f"captions     {', '.join(decode_caption(caption) or '(none)' for caption in captions)}")
+    for frame, now in {0: captions, **switch}.items():
+        print(f"captions     {f'from {frame}: ' * bool(frame)}{', '.join(decode_caption(caption) or '(none)' for caption in now)}")
     print(f"speed        {len(captions) * made / seconds:.1f} frames/s ({len(captions)} videos at once, {device.type}, "
-          f"{args.steps} steps a chunk, route {full_route(model, len(captions), args.route)})")
+          f"{how['steps']} {how['sampler']} steps a chunk, route {full_route(model, len(captions), args.route)})")
     print(cache_line(model, len(captions)))
     print(f"wrote        {path}")
+
+
+def read_prompts(prompts: list[str]) -> tuple[Tensor, dict[int, Tensor]]:
+    """Captions [B, slots] of the prompts, one video each; and {frame: captions from there on} of those that begin with "FRAME:"."""
+    captions, changes = [], []
+    for prompt in prompts:
+        frame, text = re.fullmatch(r"(?:\s*(\d+)\s*:)?(.*)", prompt, re.DOTALL).groups()
+        if frame is None:
+            captions.append(encode_caption(text))
+        elif captions:
+            changes.append((int(frame), len(captions) - 1, encode_caption(text)))
+        else:
+            raise ValueError(f"prompt {prompt!r} changes the caption of the video before it, and there is none: give a prompt without a frame first")
+    now, switch = torch.stack(captions), {}
+    for frame, video, caption in sorted(changes, key=lambda change: change[0]):
+        now = switch.setdefault(frame, now.clone())
+        now[video] = caption
+    return torch.stack(captions), switch
 
 
 def cache_line(model: VideoDiT, batch: int) -> str:

@@ -68,8 +68,31 @@ def test_train_refuses(capsys, tmp_path, flags, words):
 
 def test_train_does_not_overwrite_a_run(capsys, tmp_path):
     (tmp_path / "train.pt").write_bytes(b"precious")
-    fails_in_one_line(capsys, train.main, [f"--out={tmp_path}"], "--resume", "--out")
+    fails_in_one_line(capsys, train.main, [f"--out={tmp_path}"], "train.pt", "not a readable checkpoint")
     assert (tmp_path / "train.pt").read_bytes() == b"precious"
+
+
+def test_a_stage_says_what_it_may_start_from(capsys, tmp_path):
+    sizes = [f"--config={item}" for item in ("dim=32", "layers=1", "heads=2", "latent=8", "query_latent=16", "rope=6", "ffn=32")]
+    flags = [*sizes, "--device=cpu", "--batch=2", "--steps=1", "--evaluate=0"]
+    train.main([*flags, "--stage=score", f"--out={tmp_path}"])
+    capsys.readouterr()
+    score, there = f"{tmp_path}/score.pt", f"--out={tmp_path}"
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=cd", there], "needs a tf model", "tf.pt", "--stage tf", "--start")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=cd", there, f"--start={score}"], "its stage is score", "tf is needed")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--attention=dense", there], "its attention is mla", "dense is needed")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--config=latent=4", there], "its latent is 8", "4 is needed")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--data=occluder", there], "its data is shapes", "occluder is needed")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=all", "--start=x", f"--out={tmp_path}/new"], "--start", "single stage")
+    fails_in_one_line(capsys, sample.main, [f"--checkpoint={score}"], "is a score model", "tf, cd, dmd")
+    train.main([*flags, "--stage=tf", there])
+    assert "starts from " + score in capsys.readouterr().out, "tf starts from the score model that is there, and says so"
+    train.main([*flags, "--stage=cd", there])
+    capsys.readouterr()
+    (tmp_path / "score.pt").rename(tmp_path / "elsewhere.pt")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=dmd", there], "needs a score model", "--score")
+    train.main([*flags, "--stage=dmd", there, f"--score={tmp_path}/elsewhere.pt"])
+    assert {"tf.pt", "cd.pt", "dmd.pt", "model.pt"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_resume_names_what_differs(capsys, tmp_path):
@@ -78,6 +101,9 @@ def test_resume_names_what_differs(capsys, tmp_path):
     train.main(flags)
     capsys.readouterr()
     before = (tmp_path / "train.pt").read_bytes()
+    fails_in_one_line(capsys, train.main, flags, "--resume", "--out", "stage tf, step 1")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=all"], "--resume", "--out")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=cd", "--resume"], "at stage tf", "cd")
     fails_in_one_line(capsys, train.main, [*flags, "--resume", "--config=latent=4"], "latent", "8", "4")
     fails_in_one_line(capsys, train.main, [*flags, "--resume", "--attention=dense"], "dense", "mla")
     fails_in_one_line(capsys, train.main, [*flags, "--resume", "--seed=1"], "seed")

@@ -16,6 +16,7 @@ import torch
 import test_cache as cache
 import test_flow as flow
 import test_full_rank as full_rank
+import test_objectives as objectives
 import test_rope as rope
 import test_routes as routes
 import test_streaming as streaming
@@ -33,7 +34,7 @@ class Mutant(NamedTuple):
     dies: object = AssertionError
 
 
-ROPE, CACHE, ATTENTION, MODEL, CHECKPOINT, SAMPLE, TRAIN = (name + ".py" for name in FILES)
+ROPE, CACHE, ATTENTION, MODEL, CHECKPOINT, SAMPLE, OBJECTIVES, TRAINER, TRAIN = (name + ".py" for name in FILES)
 
 MUTANTS = [Mutant(*entry) for entry in (
     # ---- position ----
@@ -228,16 +229,16 @@ MUTANTS = [Mutant(*entry) for entry in (
      "slot = torch.arange(self.filled)", streaming.test_device_is_kept_and_nothing_waits_for_it, ANY),
 
     # ---- flow matching and rollout ----
-    ("wrong sign of the target", TRAIN, "(eps - x0)", "(x0 - eps)", flow.test_the_loss_of_the_true_velocity_is_zero),
-    ("one noise level spread over chunks", TRAIN, ".repeat_interleave(chunk, dim=1)", ".repeat(1, chunk)",
+    ("wrong sign of the target", OBJECTIVES, "(eps - x0)", "(x0 - eps)", flow.test_the_loss_of_the_true_velocity_is_zero),
+    ("one noise level spread over chunks", OBJECTIVES, ".repeat_interleave(chunk, dim=1)", ".repeat(1, chunk)",
      flow.test_the_loss_of_the_true_velocity_is_zero),
-    ("captions kept when they should be dropped", TRAIN, ">= recipe.drop)", "< recipe.drop)",
+    ("captions kept when they should be dropped", OBJECTIVES, ">= drop)", "< drop)",
      flow.test_captions_are_dropped_as_often_as_the_recipe_says),
     ("path runs backwards in training and sampling alike", SAMPLE, "(1 - sigma) * x0 + sigma * eps",
      "sigma * x0 + (1 - sigma) * eps", flow.test_the_algebra_of_the_path),
     ("Euler step the wrong way", SAMPLE, "x = x - (now - then) * v", "x = x + (now - then) * v",
      flow.test_the_sampler_follows_the_true_velocity_to_the_data),
-    ("sampler starts at the clean end", SAMPLE, "[shift(1 - i / steps) for i", "[shift(i / steps) for i",
+    ("sampler starts at the clean end", SAMPLE, "[shift(1 - i / steps, FEW", "[shift(i / steps, FEW",
      flow.test_the_sampler_follows_the_true_velocity_to_the_data, (AssertionError, ZeroDivisionError)),
     ("chunks never committed", SAMPLE, "model.commit(x, caption, memory, route)", "pass",
      flow.test_the_first_chunks_noise_reaches_the_second_chunk),
@@ -250,6 +251,50 @@ MUTANTS = [Mutant(*entry) for entry in (
      flow.test_guidance_keeps_two_caches),
     ("the seed is ignored", SAMPLE, "torch.randn(shape, generator=generator, device=home)", "torch.randn(shape, device=home)",
      flow.test_a_rollout_is_autoregressive_and_a_function_of_its_seed),
+
+    # ---- the objectives of the stages ----
+    ("score model trained with a level per frame", OBJECTIVES, "torch.randn(len(x0), 1, **draw)", "torch.randn(*x0.shape[:2], **draw)",
+     objectives.test_the_score_model_has_one_noise_level_per_video),
+    ("teacher guided by another convention", OBJECTIVES, "return none + weight * (v - none)", "return v + weight * (v - none)",
+     objectives.test_the_consistency_target_is_the_answer_after_one_guided_euler_step),
+    ("consistency grid never reaches the anchor", OBJECTIVES, "shift(1 - (j + 1) / GRID", "shift(1 - (j + 0.5) / GRID",
+     objectives.test_the_consistency_target_is_the_answer_after_one_guided_euler_step),
+    ("student is its own target", OBJECTIVES, "next_level * target(", "next_level * student(",
+     objectives.test_the_consistency_target_is_the_answer_after_one_guided_euler_step),
+    ("teacher steps away from the data", OBJECTIVES, "x - (level - next_level) * v", "x + (level - next_level) * v",
+     objectives.test_the_consistency_target_is_the_answer_after_one_guided_euler_step),
+    ("distribution matching away from the data", OBJECTIVES, "(mu_fake - mu_real) / size", "(mu_real - mu_fake) / size",
+     objectives.test_the_dmd_gradient_is_the_difference_of_the_answers),
+    ("one normaliser for the whole batch", OBJECTIVES, ".flatten(1).mean(dim=1).clamp(min=1e-3)", ".mean().clamp(min=1e-3)[None]",
+     objectives.test_the_dmd_gradient_is_the_difference_of_the_answers),
+    ("stop-gradient on the video, not on its goal", OBJECTIVES, "(video - (video - gradient).detach())", "(video.detach() - (video - gradient))",
+     objectives.test_the_dmd_gradient_is_the_difference_of_the_answers),
+    ("guidance of the real score forgotten", OBJECTIVES, "sigma, caption), caption, guidance)", "sigma, caption), caption, 1)",
+     objectives.test_guidance_sharpens_the_real_score_alone),
+    ("critic sends its gradient into the generator", OBJECTIVES, "video = video.detach()", "pass",
+     objectives.test_the_critic_learns_the_generators_videos_and_touches_them_not),
+    ("scores compared at levels where they say nothing", OBJECTIVES, ".clamp(0.02, 0.98)", "",
+     objectives.test_the_critic_learns_the_generators_videos_and_touches_them_not),
+    ("few-step levels of another shift", SAMPLE, "FEW_SHIFT = 4, 5.0", "FEW_SHIFT = 4, 3.0",
+     objectives.test_the_few_step_sampler_has_the_literatures_levels_and_fresh_noise),
+    ("Euler steps in the few-step sampler", SAMPLE, "if few or leave:", "if leave:",
+     objectives.test_the_few_step_sampler_has_the_literatures_levels_and_fresh_noise),
+    ("the same noise at every level", SAMPLE, "x = add_noise(x, noise(), ", "x = add_noise(x, torch.ones_like(x), ",
+     objectives.test_the_few_step_sampler_has_the_literatures_levels_and_fresh_noise),
+    ("gradient through every pass of a rollout", SAMPLE, "set_grad_enabled(record and leave)", "set_grad_enabled(record)",
+     objectives.test_the_gradient_is_that_of_each_chunks_last_pass_and_nothing_else),
+    ("exit one pass early", SAMPLE, "leave = step == exit", "leave = step + 1 == max(exit or 9, 1)",
+     objectives.test_the_gradient_is_that_of_each_chunks_last_pass_and_nothing_else, ANY),
+    ("caption changes a chunk late", SAMPLE, "next(iter(switch)) <= made", "next(iter(switch)) < made",
+     objectives.test_a_caption_changes_with_the_chunk_that_it_is_given_for),
+    ("window rolled the wrong way when renamed", CACHE, ".roll(-oldest, 2)", ".roll(oldest, 2)", objectives.test_an_old_window_can_be_renamed),
+    ("renamed window stands before the horizon", CACHE, "turns = -(-(self.horizon", "turns = -(-(-self.horizon + 2 * self.slots",
+     objectives.test_an_old_window_can_be_renamed, ANY),
+    ("critic's gradient taken by the generator's optimiser", TRAINER, "return self.critic.step(", "return self.learner.step(",
+     objectives.test_generator_and_critic_leave_each_other_alone),
+    ("rate ignored", TRAINER, "before, 1 - rate)", "before, 0 * rate)", objectives.test_a_step_drawn_back_is_a_step_at_a_lower_rate),
+    ("average never moves", TRAINER, "self.learner.weights, fresh)", "self.learner.weights, 0 * fresh)",
+     objectives.test_every_stage_moves_its_model_and_averages_it),
 )]
 
 
@@ -266,7 +311,8 @@ def copy_of_the_source(folder, change=None):
     return load_from(folder)
 
 
-ARGUMENTS = {streaming.test_dtype_is_kept: dict(attention="mla", dtype=torch.float64),
+ARGUMENTS = {objectives.test_every_stage_moves_its_model_and_averages_it: dict(stage="tf"),
+             streaming.test_dtype_is_kept: dict(attention="mla", dtype=torch.float64),
              streaming.test_device_is_kept_and_nothing_waits_for_it: dict(attention="mla"),
              rope.test_the_split_of_channels_is_the_papers: dict(channels=32, split=(6, 5, 5))}
 

@@ -17,7 +17,8 @@ from checkpoint import load_model, read_checkpoint, write_atomically
 from mla_video import PRESETS, VideoDiT
 from sample import add_noise, rollout, shift
 from toy_data import WORDS, make_world
-from train import Recipe, Trainer, teacher_forcing_loss
+from objectives import teacher_forcing_loss
+from trainer import Recipe, Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = [f"--config={item}" for item in ("dim=32", "layers=2", "heads=2", "latent=8", "query_latent=16", "rope=6", "ffn=32")]
@@ -80,9 +81,9 @@ def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path):
     run_train(tmp_path / "parts", "--steps=8", "--evaluate=0", "--resume")
     whole, parts = (read_checkpoint(tmp_path / name / "train.pt", set()) for name in ("whole", "parts"))
     assert parts["step"] == whole["step"] == 8
-    for part in ("model", "ema"):
-        for name, value in whole[part].items():
-            assert torch.equal(value, parts[part][name]), f"{part}.{name} differs after a resume: some state was not restored"
+    for mine, theirs in ((whole["ema"], parts["ema"]), (whole["learner"]["model"], parts["learner"]["model"])):
+        for name, value in mine.items():
+            assert torch.equal(value, theirs[name]), f"{name} differs after a resume: some state was not restored"
 
 
 def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
@@ -123,5 +124,5 @@ def test_other_data_trains_and_samples(tmp_path, data, attention):
     model, about = load_model(tmp_path / "out" / "model.pt")
     assert model.config.attention == attention and about["steps"] == 2
     assert (tmp_path / "out" / "sample.gif").stat().st_size > 1000
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "report_tf.json").read_text())
     assert {"command", "commit", "device", "versions", "survival", "training_seconds"} <= report.keys()
