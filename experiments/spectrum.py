@@ -67,7 +67,7 @@ class Plan:
 
 FULL = Plan(TOY, (1, 2, 4, 8, 16, 32, 128), dense_steps=600, tune_steps=200, object_steps=200, batch=32, rollouts=512, frames=24, lr=1e-2)
 QUICK = Plan(replace(TOY, dim=64, heads=2, layers=2, ffn=256, frames=6, window=6, height=8, width=8), (1, 4, 8, 16, 64),
-             dense_steps=300, tune_steps=100, object_steps=100, batch=32, rollouts=64, frames=18, lr=2e-2, held_out=64)
+             dense_steps=300, tune_steps=100, object_steps=100, batch=32, rollouts=64, frames=18, lr=2e-2, held_out=256)
 
 
 # ---- what is trained ------------------------------------------------------------------------------------------------
