@@ -6,7 +6,7 @@
     python -m experiments.spectrum --redraw results/spectrum.json                      the figure again, from the figures of an earlier run
 
 The paper (arXiv 2605.30351; its numbers are quoted as reported) finds that trained video attention is *not* low-rank, cuts it to rank
-C = E / 8 all the same, and loses nothing: "the bottleneck, not the spectrum, sets the rank". `judge` holds its claims, and three
+C = E / 8 all the same, and loses nothing: "the bottleneck, not the spectrum, sets the rank". `judge` holds its claims, and two
 predictions of ours, each as a rule on intervals over 3 seeds; rules and predictions were committed before the first run (`judge` names
 the one exception).
 
