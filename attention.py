@@ -114,7 +114,8 @@ def _generation(index: int | None) -> int:
     return torch.cuda.get_device_capability(index)[0]
 
 
-def why_not_fused(device: torch.device, dtype: torch.dtype, N: int, R: int, V: int, C: int, mask=None, needs_grad: bool = False) -> str | None:
+def why_not_fused(device: torch.device, dtype: torch.dtype, N: int, R: int, V: int, C: int, mask=None,
+                  needs_grad: bool = False) -> str | None:
     """Why `attend_fused` would refuse such a call, in words that follow "route='fused'"; None if it takes it."""
     if mask is not None:
         return "takes no mask (it is the path of a cached chunk, which sees every key)"
@@ -133,8 +134,8 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, N: int, R: int, V: i
     return None
 
 
-def _expand(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, k_table) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, H, L, N+R], k [B, H, T, N+R], v [B, H, T, V] for SDPA, from rotated q_rope and unrotated k_rope.
+def _expand(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, L, N+R], k [B, H, T, N+R], v [B, H, T, V] for SDPA, from unrotated rope parts.
 
     Identity-augmented: k = [c_kv | rotated k_rope] @ [[W_UK, 0], [0, I]], so each key is written once, by the product itself; making
     k_nope and concatenating would write 100 MB at the paper's size twice. The values' rows are a slice of the same left-hand side.
@@ -146,7 +147,7 @@ def _expand(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, k_table) -> tuple[Tensor, 
     W_K = torch.cat((F.pad(W_UK.permute(2, 0, 1), (0, R)), F.pad(eye, (N, 0))))                    # [C + R, H, N + R]
     k = (row @ W_K.flatten(1)).unflatten(-1, (H, N + R))
     v = (row[..., :C] @ W_UV.flatten(0, 1).T).unflatten(-1, (H, -1))
-    q = torch.cat((q_nope, q_rope), dim=-1)
+    q = torch.cat((q_nope, rotate(q_rope, q_table)), dim=-1)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -157,7 +158,7 @@ def _compiled(function):
 
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]    # in this order; with neither, SDPA raises: no quiet third choice
-SCRATCH = 2**31                 # bytes of K and V at a time; beyond it the videos of a batch take turns (201 MB a video at the paper's size)
+SCRATCH = 2**31                 # bytes of K and V at a time; beyond it the videos of a batch take turns (paper: 201 MB a video)
 
 
 def attend_fused(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale, mask=None, cut: int | None = None) -> Tensor:
@@ -176,18 +177,15 @@ def attend_fused(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, sca
         return torch.cat([attend_fused(*turn, W_UK, W_UV, q_table, k_table, scale, None, cut) for turn in zip(*turns)])
     if cut is None:
         cut = fused.plan_on(q_nope.device.index, B, L, T, H, N, R, V, C) if q_nope.is_cuda else 0
-    eager = q_nope.is_cuda and not torch.compiler.is_compiling()
-    q_rope = (_compiled(rotate) if eager else rotate)(q_rope, q_table)
-    out = []
+    out, (head, tail) = [], ([part[at] for part in q_table] for at in (slice(cut), slice(cut, None)))
     if cut:
-        expand = _compiled(_expand) if eager else _expand
-        q, k, v = expand(q_nope[:, :cut], q_rope[:, :cut], c_kv, k_rope, W_UK, W_UV, k_table)
+        expand = _compiled(_expand) if q_nope.is_cuda and not torch.compiler.is_compiling() else _expand
+        q, k, v = expand(q_nope[:, :cut], q_rope[:, :cut], c_kv, k_rope, W_UK, W_UV, head, k_table)
         with sdpa_kernel(BACKENDS if q.is_cuda else [SDPBackend.MATH], set_priority=True):
             out.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))       # [B, cut, H, V]
     if cut < L:
-        q_lat = torch.einsum("blhn,hnc->blhc", q_nope[:, cut:], W_UK)
-        latent = fused.latent_attention(q_lat, q_rope[:, cut:], c_kv, k_rope, *k_table, scale)
-        out.append(torch.einsum("blhc,hvc->blhv", latent, W_UV))
+        latent = fused.latent_attention(q_nope[:, cut:], q_rope[:, cut:], c_kv, k_rope, W_UK, *tail, *k_table, scale)     # [B, H, L, C]
+        out.append(torch.einsum("bhlc,hvc->blhv", latent, W_UV))
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
@@ -206,28 +204,26 @@ def crossing(N: int, V: int, C: int) -> float:
     return C * (N + V) / (2 * C - N - V) if 2 * C > N + V else math.inf
 
 
-def route_seconds(route: str, B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: fused.Gpu) -> float:
-    """Predicted time of one layer in bfloat16, from operations, bytes and a measured GPU. experiments/bench.py prints it beside the clock."""
+def route_counts(route: str, B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: fused.Gpu) -> tuple:
+    """What one layer costs in bfloat16, counted in the order of `fused.Gpu`: launches, keys and wide keys per wave, kernel operations,
+    product operations, bytes. `gpu.seconds` makes a predicted time of it, which experiments/bench.py prints beside the clock."""
     if route == "fused":
-        cut = fused.plan(B, L, T, H, N, R, V, C, gpu)
-        return fused.form_seconds(cut, B, L, T, H, N, R, V, C, gpu)
-    made = 2 * B * (T * H * (N + R + V) + L * H * (N + R))                             # bytes of q, k, v
+        return fused.form_counts(fused.plan(B, L, T, H, N, R, V, C, gpu), B, L, T, H, N, R, V, C, gpu.sms)
     if route == "absorbed":                                                            # one key head: rows are (token, head)
-        rows = math.ceil(B * L * H / gpu.rows / gpu.sms) * T * gpu.wide_key
-        return rows + 4 * gpu.launch + 4 * B * (L * H + T) * (C + R) / gpu.copy + 2 * B * L * H * C * (N + V) / gpu.gemm
-    products = 2 * B * T * H * C * (N + V) / gpu.gemm
+        return 9, 0, fused.waves(L * H, B, gpu.sms) * T, 0, 2 * B * L * H * C * (N + V), 4 * B * (2 * L * H + T) * (C + R)
+    made, up = 2 * B * (T * H * (N + R + V) + L * H * (N + R)), 2 * B * T * H * C * (N + V)        # bytes of q, k, v; up-projection
     if route == "materialised":                                                        # parts made, then joined: three passes
-        return products + 3 * made / gpu.copy + 5 * gpu.launch + math.ceil(B * H * math.ceil(L / gpu.rows) / gpu.sms) * T * gpu.key
-    scores = 8 * B * H * L * T                                                         # written or read by about 6 passes, 2-4 bytes each
-    return products + 3 * made / gpu.copy + 8 * gpu.launch + 3 * scores / gpu.copy + 2 * B * L * T * H * (N + R + V) / gpu.gemm
+        return 9, fused.waves(L, B * H, gpu.sms) * T, 0, 0, up, 3 * made
+    return 10, 0, 0, 0, up + 2 * B * L * T * H * (N + R + V), made + 18 * B * H * L * T            # a score: 9 passes of 2 bytes
 
 
-def choose_route(L: int, T: int, H: int, N: int, R: int, V: int, C: int, *, B: int = 1, gpu: fused.Gpu | None = None, fusable: bool = False) -> str:
+def choose_route(L: int, T: int, H: int, N: int, R: int, V: int, C: int, *, B: int = 1, gpu: fused.Gpu | None = None,
+                 fusable: bool = False) -> str:
     """What route="auto" takes. On a GPU with measured constants the route with the least predicted time, "fused" among them if `fusable`;
     elsewhere the one with fewer operations, (11) against (12), or fused (whose `plan` counts likewise) where it runs."""
     if gpu is not None:
         names = ("reference", "materialised", "absorbed") + (("fused",) if fusable else ())
-        return min(names, key=lambda route: route_seconds(route, B, L, T, H, N, R, V, C, gpu))
+        return min(names, key=lambda route: gpu.seconds(route_counts(route, B, L, T, H, N, R, V, C, gpu)))
     if fusable:
         return "fused"
     return min(("materialised", "absorbed"), key=lambda route: route_flops(route, L, T, H, N, R, V, C))

@@ -22,7 +22,6 @@ Letters: B batch, T visible key tokens, P tokens per frame. tests/test_cache.py 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Rows = tuple[Tensor, Tensor]                               # what one layer stores for a chunk, each [B, n * P, width]
@@ -138,49 +137,3 @@ class RollingCache:
     def bytes_per_token(self) -> int:
         """Bytes a cached token costs in one layer, from the buffers: (C + R) or 2 * H * d_h numbers."""
         return sum(buffer.shape[-1] * buffer.element_size() for buffer in self.buffers)
-
-
-class FullWindow(RollingCache):
-    """A cache whose window is full, in the form that a compiled graph can use: nothing about it changes from chunk to chunk but the
-    content of tensors. `seen` is a tensor, so counting recompiles nothing and no number travels between host and GPU; and the
-    provisional chunk lives in the buffers, behind the slots, so that `peek` returns them as they are and copies no window.
-
-    Made from a full `RollingCache`, which stays as it was; ValueError if it is not full. The contract differs in one thing: `peek` writes the
-    provisional stretch, and `commit` stores what the last peeks wrote. Inference only. tests/test_fast_path.py: equal to RollingCache.
-    """
-
-    def __init__(self, cache: RollingCache):
-        if cache.filled < cache.slots:
-            raise ValueError(f"the window is not full yet ({cache.filled} of {cache.slots} frames): go on with the RollingCache")
-        vars(self).update(vars(cache))
-        room = (0, 0, 0, self.chunk * self.tokens)
-        self.rows = [tuple(F.pad(buffer[i].detach(), room) for buffer in cache.buffers) for i in range(len(cache.buffers[0]))]
-        self.buffers = self.rows[0]                        # a layer's: widths and device; each layer has tensors of its own,
-        self.seen = torch.tensor(cache.seen, device=self.buffers[0].device)    # since a graph that writes to views of one must copy
-
-    @property
-    def filled(self) -> int:
-        return self.slots
-
-    def _base(self) -> Tensor:
-        return self.seen.clamp(max=self.horizon - self.chunk)
-
-    def peek(self, layer: int, rows: Rows) -> Rows:
-        for buffer, new in zip(self.rows[layer], rows):
-            buffer[:, self.slots * self.tokens:] = new
-        return self.rows[layer]
-
-    def commit(self, rows: list[Rows] | None = None, detach: bool = True) -> None:
-        """`rows` are those that the last pass peeked with, already in place; only the ring can be their goal, the sink being full."""
-        stay = min(self.chunk, self.ring)
-        frame = self.seen + self.chunk - stay + torch.arange(stay, device=self.seen.device)
-        goal = self.sink + (frame - self.sink) % max(self.ring, 1)
-        for buffers in self.rows:
-            for buffer in buffers:
-                frames = buffer.unflatten(1, (self.slots + self.chunk, self.tokens))
-                frames[:, :self.slots].index_copy_(1, goal, frames[:, self.slots + self.chunk - stay:])
-        self.seen += self.chunk
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffers in self.rows for buffer in buffers)

@@ -1,11 +1,12 @@
-"""The fast path: latent attention as one Triton kernel, for few query tokens, and when to use it.
+"""The fast path: latent attention as a Triton kernel, for few query tokens, and when to use it.
 
     B batch   L query tokens   T key tokens   H heads   C content latent   R rope channels   M = L*H rows of queries
 
-Absorbed MLA is multi-query attention over the cache itself. With q_lat = W_UK^T q_nope (a GEMM outside this file), each token t has
-ONE key for all heads, the row [c_kv[t] | rope(k_rope[t])] of C + R numbers, and its value is c_kv[t]: *a slice of the key*.
+Absorbed MLA is multi-query attention over the cache itself. Once a query is lifted to the latent, each token t has ONE key for all
+heads, the row [c_kv[t] | rope(k_rope[t])] of C + R numbers, and its value is c_kv[t]: *a slice of the key*.
 
-    (1)  s[m,t]  = scale * ( q_lat[m] . c_kv[t]  +  q_rope[m] . rope(k_rope[t]) )                m = (query token, head), in M
+    (0)  q_lat[m] = W_UK^T q_nope[m]                                      [C]; one product per head
+    (1)  s[m,t]  = scale * ( q_lat[m] . c_kv[t]  +  rope(q_rope[m]) . rope(k_rope[t]) )          m = (head, query token), in M
     (2)  out[m]  = sum_t softmax_t(s[m,t]) c_kv[t]                                               [C]; W_UV is applied outside
 
 Why a kernel of our own: cuDNN does not split the key range, so 64 query tokens leave most of a GPU idle; FlexAttention pads 224/192 to
@@ -31,10 +32,12 @@ normalises by its *own* denominator, so plain averaging would be wrong; its shar
 
     (8)  out = sum_s w_s out_s,   w_s = 2^lse_s / sum_s' 2^lse_s'            (shifted by max lse, as in (4))
 
-Many query tokens need fewer operations with K and V made per head (attention.py (13)), and there cuDNN's kernel is the fastest. It gives each
-multiprocessor (SM) 128 query tokens of a head and *all* the keys, so time comes in whole waves: 4680 tokens x 12 heads are 444 such tiles, on
-132 SMs 3.4 waves, and they cost 4. `plan` therefore gives cuDNN the 4224 tokens that fill three waves to the last SM and the other 456
-to the kernel above, which can split keys. Both need the same latents, and nothing but the latents. Order of the file: kernels, their launch, the op, the plan.
+Many query tokens need fewer operations with K and V made per head (attention.py (13)), and there cuDNN's kernel is the fastest. It gives
+each multiprocessor (SM) 128 query tokens of a head and *all* the keys, so time comes in whole waves: 4680 tokens x 12 heads are 444 such
+tiles, on 132 SMs 3.4 waves, and they cost 4. `plan` therefore gives cuDNN the 4224 tokens that fill three waves to the last SM and the
+other 456 to the kernel above, which can split keys. Both need the same latents, and nothing but the latents.
+
+Order of the file: the three kernels, their launch, the op, the plan.
 
 Tests: tests/test_fused.py (all of the above in Triton's interpreter; every shipped tile compiled for sm_90 and sm_100 without a GPU).
 """
@@ -54,7 +57,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _rotated(x, cos, sin, t, T, R: tl.constexpr):
-        """Rotate a tile of raw keys x [tokens, RP] in fp32. Pairs are adjacent channels: (a, b) -> (a cos - b sin, a sin + b cos)."""
+        """Rotate a tile x [tokens, RP] in fp32. Pairs are adjacent channels: (a, b) -> (a cos - b sin, a sin + b cos)."""
         i = tl.arange(0, x.shape[1] // 2)                                                # one angle per pair
         angle = t[:, None] * (R // 2) + i[None, :]
         inside = (t < T)[:, None] & (i < R // 2)[None, :]
@@ -62,23 +65,43 @@ if HAS_TRITON:
         a, b = tl.split(x.to(tl.float32).reshape(x.shape[0], x.shape[1] // 2, 2))
         return tl.join(a * c - b * s, a * s + b * c).reshape(x.shape[0], x.shape[1]).to(x.dtype)
 
-    @triton.jit(do_not_specialize=["T"])
-    def _rotate_kernel(k_rope, cos, sin, rotated, T, batch_stride, token_stride,
-                       R: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-        """rotated [B, T, R] = rope(k_rope). T x R is 2 MB at the paper's size: doing it once is cheaper than once per row tile."""
+    @triton.jit(do_not_specialize=["T", "L"])
+    def _prepare_kernel(q_nope, q_rope, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, q_lat, q_turned, k_turned, T, L,
+                        batch_stride, token_stride, H: tl.constexpr, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+                        ROWS: tl.constexpr, BLOCK_C: tl.constexpr, KEYS: tl.constexpr, PDL: tl.constexpr):
+        """Everything before attention, in one launch: a program either turns KEYS keys, once instead of once per row tile, or lifts ROWS
+        query tokens of one head to BLOCK_C channels of the latent, (0); that of the first channels turns their rope part too. Rows come
+        out as [B, H, L]: heads are the batch of both products, this one and W_UV's, and no copy is needed to bring them there."""
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
-        t, i, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, RP), tl.program_id(1).to(tl.int64)
-        inside = (t < T)[:, None] & (i < R)[None, :]
-        x = tl.load(k_rope + b * batch_stride + t[:, None].to(tl.int64) * token_stride + i[None, :], mask=inside, other=0.0)
-        tl.store(rotated + (b * T + t[:, None]) * R + i[None, :], _rotated(x, cos, sin, t, T, R), mask=inside)
+        task, b, ir = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, RP)
+        blocks = tl.cdiv(L, ROWS)
+        lifts = H * blocks * tl.cdiv(C, BLOCK_C)
+        if task < lifts:
+            h, l = task // blocks % H, task % blocks * ROWS + tl.arange(0, ROWS)
+            i = task // (blocks * H) * BLOCK_C + tl.arange(0, BLOCK_C)
+            real, source, goal = (l < L)[:, None], ((b * L + l) * H + h)[:, None], ((b * H + h) * L + l)[:, None]
+            acc = tl.zeros([ROWS, BLOCK_C], tl.float32)
+            for first in tl.static_range(0, N, 32):
+                n = first + tl.arange(0, 32)
+                q = tl.load(q_nope + source * N + n[None, :], mask=real & (n < N)[None, :], other=0.0)
+                up = tl.load(W_UK + (h * N + n)[:, None] * C + i[None, :], mask=(n < N)[:, None] & (i < C)[None, :], other=0.0)
+                acc = tl.dot(q, up, acc, input_precision="ieee")
+            tl.store(q_lat + goal * C + i[None, :], acc.to(q_lat.dtype.element_ty), mask=real & (i < C)[None, :])
+            if task < H * blocks:
+                x = tl.load(q_rope + source * R + ir[None, :], mask=real & (ir < R)[None, :], other=0.0)
+                tl.store(q_turned + goal * R + ir[None, :], _rotated(x, q_cos, q_sin, l, L, R), mask=real & (ir < R)[None, :])
+        else:
+            t = (task - lifts) * KEYS + tl.arange(0, KEYS)
+            inside = (t < T)[:, None] & (ir < R)[None, :]
+            k = tl.load(k_rope + b * batch_stride + t[:, None].to(tl.int64) * token_stride + ir[None, :], mask=inside, other=0.0)
+            tl.store(k_turned + (b * T + t[:, None]) * R + ir[None, :], _rotated(k, k_cos, k_sin, t, T, R), mask=inside)
 
     # T and M vary from call to call; without this, Triton would compile again whenever their divisibility by 16 changes.
     @triton.jit(do_not_specialize=["T", "M", "keys_per_split"])
-    def _attend_kernel(q_lat, q_rope, keys0, keys1, ropes, cos, sin, out, lse, scale2, T, M, keys_per_split,
+    def _attend_kernel(q_lat, q_rope, keys0, keys1, ropes, out, lse, scale2, T, M, keys_per_split,
                        C: tl.constexpr, R: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, RP: tl.constexpr,
-                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ROTATE: tl.constexpr,
-                       SPLIT: tl.constexpr, PDL: tl.constexpr):
+                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
         """Equations (1)-(7) for BLOCK_M rows against one split of the keys.
 
         Tile sides are powers of two, and C = 192 is not: its channels are two blocks, C0 = 128 and C1 = 64 (C1 = 0: one block is enough).
@@ -89,7 +112,10 @@ if HAS_TRITON:
         split, b, B = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
         i0, i1, ir = tl.arange(0, C0), C0 + tl.arange(0, C1 if C1 else 1), tl.arange(0, RP)
         real = (row < M)[:, None]                                      # rows past M compute nonsense that is never stored
-        m = (b * M + row)[:, None].to(tl.int64)                        # q_lat [B, L, H, C] read as [B*M, C]
+        m = (b * M + row)[:, None].to(tl.int64)                        # q_lat [B, H, L, C] read as [B*M, C]
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()                      # the last kernel may be launched, and waits there
+            tl.extra.cuda.gdc_wait()                                   # queries and turned keys are complete from here on
         q0 = tl.load(q_lat + m * C + i0[None, :], mask=real, other=0.0)
         qr = tl.load(q_rope + m * R + ir[None, :], mask=real & (ir < R)[None, :], other=0.0)
         if C1:
@@ -97,10 +123,6 @@ if HAS_TRITON:
             acc1 = tl.zeros([BLOCK_M, C1], tl.float32)
         acc0 = tl.zeros([BLOCK_M, C0], tl.float32)
         top, den = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()                      # the merge may be launched, and waits there
-            if not ROTATE:
-                tl.extra.cuda.gdc_wait()                               # the rotated keys are complete from here on
 
         first = split * keys_per_split
         for n in tl.range(first, tl.minimum(first + keys_per_split, T), BLOCK_N, num_stages=STAGES):
@@ -110,8 +132,6 @@ if HAS_TRITON:
                 k1 = keys1.load([b, n, C0]).reshape(BLOCK_N, C1)
             kr = ropes.load([b, n, 0]).reshape(BLOCK_N, RP)
             t = n + tl.arange(0, BLOCK_N)
-            if ROTATE:
-                kr = _rotated(kr, cos, sin, t, T, R)
 
             # (1) The dots over channel blocks add into one score tile, new in every iteration. (On datacentre Blackwell, Triton up to 3.7
             # miscompiles two dots into one accumulator that is *carried* from iteration to iteration; acc0 and acc1 get one dot each.)
@@ -135,8 +155,7 @@ if HAS_TRITON:
         tl.store(out + m[:, None] * C + i0[None, :], (acc0 / den[:, None]).to(out.dtype.element_ty), mask=real)
         if C1:
             tl.store(out + m[:, None] * C + i1[None, :], (acc1 / den[:, None]).to(out.dtype.element_ty), mask=real & (i1 < C)[None, :])
-        if SPLIT:
-            tl.store(lse + m, top + tl.log2(den), mask=row < M)
+        tl.store(lse + m, top + tl.log2(den), mask=row < M)
 
     @triton.jit(do_not_specialize=["M", "S"])
     def _merge_kernel(parts, lse, out, M, S, C: tl.constexpr, SP: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr):
@@ -160,12 +179,12 @@ class Tile(NamedTuple):
     warps: int                  # 4 warps = one warpgroup, the unit that issues a Hopper matrix instruction for 64 rows
     stages: int                 # key tiles in flight
     resident: int               # programs that share one multiprocessor
-    rotate: bool = False        # rotate keys inside the attention kernel; otherwise once, in a kernel before it
     pdl: bool = False           # programmatic dependent launch (sm_90 on): the next kernel starts while this one drains
 
 
 MAX_SPLITS = 128                # the merge holds one tile of that many parts
 INTERPRETED = HAS_TRITON and not isinstance(_attend_kernel, triton.JITFunction)       # TRITON_INTERPRET=1 when this file was imported
+PREPARE = 16, 64, 64            # query tokens and channels of a lifting program, keys of a turning one: small, since latency is the cost
 MERGE = 64, 1                   # channels and warps of a merging program: small ones, so that all of them are resident at once
 
 
@@ -192,7 +211,7 @@ def choose_splits(programs: int, tiles: int, slots: int) -> int:
 
 
 def iterations(programs: int, tiles: int, slots: int, splits: int) -> int:
-    """What `choose_splits` minimises. On an H100 a launch takes 6 us and 1.73 us for each of these, within a fifth, from L = 16 to 1560."""
+    """What `choose_splits` minimises, and what the time of a launch is proportional to (`form_counts`)."""
     OVERHEAD = 4                                   # start, drain, writing and merging the part: about four iterations
     return math.ceil(programs * splits / slots) * (math.ceil(tiles / splits) + OVERHEAD)
 
@@ -204,12 +223,12 @@ def _fetchable(x: Tensor) -> Tensor:
         x.clone(memory_format=torch.contiguous_format)
 
 
-def _launch(q_lat: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float,
-            tile: Tile | None = None, splits: int | None = None) -> Tensor:
-    """The host's side of the kernel; `tile` and `splits` are for tests and timing sweeps."""
-    (B, L, H, C), (T, R), M = q_lat.shape, k_rope.shape[1:], q_lat.shape[1] * q_lat.shape[2]
-    gpu = torch.cuda.get_device_properties(q_lat.device) if q_lat.is_cuda else None      # the interpreter has no GPU: play a small one
-    tile = tile or choose_tile(C, R, q_lat.element_size(), (gpu.major, gpu.minor) if gpu else (9, 0))
+def _launch(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, W_UK: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor,
+            k_sin: Tensor, scale: float, tile: Tile | None = None, splits: int | None = None) -> Tensor:
+    """The host's side of the kernels; `tile` and `splits` are for tests and timing sweeps."""
+    (B, L, H, N), (T, C), R, M = q_nope.shape, c_kv.shape[1:], k_rope.shape[-1], q_nope.shape[1] * q_nope.shape[2]
+    gpu = torch.cuda.get_device_properties(q_nope.device) if q_nope.is_cuda else None    # the interpreter has no GPU: play a small one
+    tile = tile or choose_tile(C, R, q_nope.element_size(), (gpu.major, gpu.minor) if gpu else (9, 0))
     tile = tile._replace(pdl=tile.pdl and not INTERPRETED)             # the interpreter runs one program after the other
     rows, tiles = math.ceil(M / tile.block_m), math.ceil(T / tile.block_n)
     splits = splits or choose_splits(B * rows, tiles, (gpu.multi_processor_count if gpu else 4) * tile.resident)
@@ -219,76 +238,86 @@ def _launch(q_lat: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cos: Te
     C0 = 1 << (C.bit_length() - 1)                                     # the largest power of two in C, and a second block for the rest
     C1 = triton.next_power_of_2(C - C0) if C > C0 else 0
     RP = max(16, triton.next_power_of_2(R))                            # tensor cores take at least 16 channels
-    q_lat, q_rope, cos, sin = (x.contiguous() for x in (q_lat, q_rope, cos, sin))
-    c_kv, k_rope = _fetchable(c_kv), _fetchable(k_rope)
-    out = torch.empty_like(q_lat)
+    q_nope, q_rope, W_UK, *tables = (x.contiguous() for x in (q_nope, q_rope, W_UK, q_cos, q_sin, k_cos, k_sin))
+    c_kv, k_rope, new = _fetchable(c_kv), _fetchable(k_rope), q_nope.new_empty
+    q_lat, q_turned, k_turned, out = new(B, M, C), new(B, M, R), new(B, T, R), new(B, H, L, C)
     # Parts have the dtype of the input. Rounding them adds at most what rounding the output does, and halves the traffic of the merge.
-    parts = out if S == 1 else q_lat.new_empty(S, B, M, C)
-    lse = q_lat.new_empty(S, B, M, dtype=torch.float32)
-    with torch.cuda.device_of(q_lat):                                  # Triton launches on the current device
-        if not tile.rotate:
-            rotated = k_rope.new_empty(B, T, R)
-            _rotate_kernel[(math.ceil(T / 64), B)](k_rope, cos, sin, rotated, T, k_rope.stride(0), k_rope.stride(1),
-                                                   R=R, RP=RP, BLOCK=64, PDL=tile.pdl, num_warps=4)
-            k_rope = rotated
+    parts, lse = out if S == 1 else new(S, B, M, C), new(S, B, M, dtype=torch.float32)
+    follow = {"launch_pdl": True} if tile.pdl else {}
+    with torch.cuda.device_of(q_nope):                                 # Triton launches on the current device
+        lift, block_c, turn = PREPARE
+        _prepare_kernel[(H * math.ceil(L / lift) * math.ceil(C / block_c) + math.ceil(T / turn), B)](
+            q_nope, q_rope, k_rope, W_UK, *tables, q_lat, q_turned, k_turned, T, L, k_rope.stride(0), k_rope.stride(1),
+            H=H, N=N, C=C, R=R, RP=RP, ROWS=lift, BLOCK_C=block_c, KEYS=turn, PDL=tile.pdl, num_warps=4)
         box = lambda x, width: TensorDescriptor.from_tensor(x, [1, tile.block_n, width])
         # Row tiles are the fastest grid axis: programs that run together read the same keys, so global memory is read once, L2 often.
         _attend_kernel[(rows, S, B)](
-            q_lat, q_rope, box(c_kv, C0), box(c_kv, C1 or C0), box(k_rope, RP), cos, sin, parts, lse, scale * math.log2(math.e),
+            q_lat, q_turned, box(c_kv, C0), box(c_kv, C1 or C0), box(k_turned, RP), parts, lse, scale * math.log2(math.e),
             T, M, tiles_per_split * tile.block_n, C=C, R=R, C0=C0, C1=C1, RP=RP, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            STAGES=tile.stages, ROTATE=tile.rotate, SPLIT=S > 1, PDL=tile.pdl, num_warps=tile.warps,
-            **({"launch_pdl": True} if tile.pdl and not tile.rotate else {}))
+            STAGES=tile.stages, PDL=tile.pdl, num_warps=tile.warps, **follow)
         if S > 1:
             width, warps = MERGE
-            _merge_kernel[(M, math.ceil(C / width), B)](parts, lse, out, M, S, C=C, SP=triton.next_power_of_2(S), BLOCK_C=width, PDL=tile.pdl,
-                                                        num_warps=warps, **({"launch_pdl": True} if tile.pdl else {}))
+            _merge_kernel[(M, math.ceil(C / width), B)](parts, lse, out, M, S, C=C, SP=triton.next_power_of_2(S), BLOCK_C=width,
+                                                        PDL=tile.pdl, num_warps=warps, **follow)
     return out
 
 
-def _check(q_lat: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float) -> None:
-    """Refuse in one line what the kernel does not compute; called by the op and by its fake, so torch.compile refuses it while tracing."""
-    if q_lat.ndim != 4 or k_rope.ndim != 3:
-        raise ValueError(f"latent_attention takes q_lat [B, L, H, C], k_rope [B, T, R], not {[*q_lat.shape]}, {[*k_rope.shape]}")
-    (B, L, H, C), (_, T, R) = q_lat.shape, k_rope.shape
-    shapes = {"q_rope": (q_rope, (B, L, H, R)), "c_kv": (c_kv, (B, T, C)), "k_rope": (k_rope, (B, T, R)),
-              "cos": (cos, (T, R // 2)), "sin": (sin, (T, R // 2))}
+def _check(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, W_UK: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor,
+           k_sin: Tensor, scale: float) -> None:
+    """Refuse in one line what the kernels do not compute; called by the op and by its fake, so torch.compile refuses it while tracing."""
+    if q_nope.ndim != 4 or k_rope.ndim != 3 or c_kv.ndim != 3:
+        raise ValueError(f"latent_attention takes q_nope [B, L, H, N], c_kv [B, T, C], k_rope [B, T, R], not {[*q_nope.shape]}, "
+                         f"{[*c_kv.shape]}, {[*k_rope.shape]}")
+    (B, L, H, N), (_, T, R), C = q_nope.shape, k_rope.shape, c_kv.shape[2]
+    tables = {"q_cos": (q_cos, (L, R // 2)), "q_sin": (q_sin, (L, R // 2)), "k_cos": (k_cos, (T, R // 2)), "k_sin": (k_sin, (T, R // 2))}
+    shapes = {"q_rope": (q_rope, (B, L, H, R)), "c_kv": (c_kv, (B, T, C)), "k_rope": (k_rope, (B, T, R)), "W_UK": (W_UK, (H, N, C)),
+              **tables}
     for name, (x, shape) in shapes.items():
         if tuple(x.shape) != shape:
-            raise ValueError(f"latent_attention: {name} must be {shape} to go with q_lat {(B, L, H, C)}, not {tuple(x.shape)}")
-        if x.device != q_lat.device:
-            raise ValueError(f"latent_attention: {name} is on {x.device} but q_lat on {q_lat.device}; put them on one device")
-    if C % 16 or not 16 <= C <= 256 or R % 8 or not 8 <= R <= 64 or T < 1:
-        raise ValueError(f"latent_attention: C a multiple of 16 up to 256, R a multiple of 8 up to 64, T >= 1; not C={C}, R={R}, T={T}")
-    dtypes = [x.dtype for x in (q_lat, q_rope, c_kv, k_rope)]
+            raise ValueError(f"latent_attention: {name} must be {shape} to go with q_nope {(B, L, H, N)}, not {tuple(x.shape)}")
+        if x.device != q_nope.device:
+            raise ValueError(f"latent_attention: {name} is on {x.device} but q_nope on {q_nope.device}; put them on one device")
+    if C % 16 or not 16 <= C <= 256 or R % 8 or not 8 <= R <= 64 or T < 1 or N > 128:
+        raise ValueError("latent_attention: C a multiple of 16 up to 256, R a multiple of 8 up to 64, N up to 128, T >= 1; not "
+                         f"C={C}, R={R}, N={N}, T={T}")
+    dtypes = [x.dtype for x in (q_nope, q_rope, c_kv, k_rope, W_UK)]
     if len(set(dtypes)) > 1 or dtypes[0] not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(f"latent_attention: queries and cache must share one of bfloat16, float16, float32, not {dtypes}")
-    if cos.dtype != torch.float32 or sin.dtype != torch.float32:
-        raise TypeError(f"latent_attention: cos and sin must be float32 (the rotation is done in it), not {cos.dtype}, {sin.dtype}")
+        raise TypeError(f"latent_attention: queries, cache and W_UK must share one of bfloat16, float16, float32, not {dtypes}")
+    if any(x.dtype != torch.float32 for x, _ in tables.values()):
+        raise TypeError("latent_attention: cos and sin must be float32 (the rotation is done in it), not "
+                        f"{[x.dtype for x, _ in tables.values()]}")
     if not 0 < scale < math.inf:
         raise ValueError(f"latent_attention: scale must be positive and finite, not {scale}")
 
 
 @torch.library.custom_op("videomla::latent_attention", mutates_args=())
-def latent_attention(q_lat: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
-    """Equations (1), (2): q_lat [B,L,H,C], rotated q_rope [B,L,H,R], c_kv [B,T,C], unrotated k_rope [B,T,R], cos, sin [T,R/2] -> [B,L,H,C].
+def latent_attention(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, W_UK: Tensor, q_cos: Tensor, q_sin: Tensor,
+                     k_cos: Tensor, k_sin: Tensor, scale: float) -> Tensor:
+    """Equations (0)-(2): q_nope [B,L,H,N], q_rope [B,L,H,R], c_kv [B,T,C], k_rope [B,T,R], both rope parts unrotated, W_UK [H,N,C],
+    tables [L,R/2] of the queries and [T,R/2] of the keys -> [B,H,L,C].
 
-    Every key is attended to (no mask: this is the path of a full window). Inference only. Never runs anything but the Triton kernel: on
+    Every key is attended to (no mask: this is the path of a full window). Inference only. Never runs anything but the Triton kernels: on
     a CPU it needs TRITON_INTERPRET=1 from the start of the process (slow, for tests), and otherwise raises.
     """
-    _check(q_lat, q_rope, c_kv, k_rope, cos, sin, scale)
+    _check(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, scale)
     if not HAS_TRITON:
         raise RuntimeError("latent_attention needs Triton, which is not installed here; use route='materialised'")
-    if not q_lat.is_cuda and not INTERPRETED:
-        raise RuntimeError(f"latent_attention runs on a CUDA GPU, not on {q_lat.device.type}; use route='materialised'")
-    if INTERPRETED and q_lat.dtype == torch.bfloat16:
+    if not q_nope.is_cuda and not INTERPRETED:
+        raise RuntimeError(f"latent_attention runs on a CUDA GPU, not on {q_nope.device.type}; use route='materialised'")
+    if INTERPRETED and q_nope.dtype == torch.bfloat16:
         raise TypeError("Triton's interpreter multiplies bfloat16 wrongly; give latent_attention float32 there")
-    return _launch(q_lat, q_rope, c_kv, k_rope, cos, sin, scale) if q_lat.numel() else torch.empty_like(q_lat)
+    return _launch(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, scale) if q_rope.numel() else _empty(q_nope, c_kv)
+
+
+def _empty(q_nope: Tensor, c_kv: Tensor) -> Tensor:
+    B, L, H, _ = q_nope.shape
+    return q_nope.new_empty(B, H, L, c_kv.shape[2])
 
 
 @latent_attention.register_fake
-def _(q_lat, q_rope, c_kv, k_rope, cos, sin, scale):
-    _check(q_lat, q_rope, c_kv, k_rope, cos, sin, scale)
-    return torch.empty_like(q_lat, memory_format=torch.contiguous_format)
+def _(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, scale):
+    _check(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, scale)
+    return _empty(q_nope, c_kv)
 
 
 def _refuse_gradients(*_args, **_kwargs):
@@ -301,18 +330,23 @@ latent_attention.register_autograd(_refuse_gradients, setup_context=_refuse_grad
 # ---- when it pays ------------------------------------------------------------------------------------------------------------------------
 
 class Gpu(NamedTuple):
-    """What predicts a route's time on a kind of GPU, in seconds, operations and bytes a second; measured, so only for GPUs we had."""
+    """What predicts times on a kind of GPU: its multiprocessors, and seconds for each thing that routes are counted in. Every route's
+    time is taken as *linear* in these six, so they are one least-squares fit to the measured table: `python -m experiments.bench --fit
+    results/bench_h100.json`. test_fast_path.py: these numbers are that fit's, within 15 % (what one run differs from another)."""
     sms: int = 132
-    launch: float = 6e-6        # per kernel of note, in a CUDA graph: start, ramp and drain
-    kernel: float = 5.2e14      # matrix operations of _attend_kernel, once it runs
-    rows: int = 128             # query tokens of a head that cuDNN gives an SM
-    key: float = 13.7e-9        # cuDNN, 128/128: one wave, per key (1.845 ms / 4 waves / 32,760 keys at L = 4680)
-    wide_key: float = 22.6e-9   # cuDNN, (C + R)/C = 224/192 padded to 256: the absorbed route
-    gemm: float = 5e14          # a product with an inner width of some hundreds
-    copy: float = 2.6e12        # bytes read and written by elementwise passes
+    launch: float = 5.5e-6      # a kernel in a CUDA graph that waits for the one before: start, ramp and drain
+    key: float = 1.3e-8         # cuDNN, 128/128: one key, for one wave of query tiles
+    wide_key: float = 2.2e-8    # the same at (C + R)/C = 224/192, padded to 256: the absorbed route
+    kernel: float = 2.1e-13     # one operation of _attend_kernel on one SM
+    product: float = 2.5e-15    # one operation of a matrix product with an inner width of some hundreds
+    byte: float = 4.3e-13       # one byte that an elementwise pass reads or writes
+
+    def seconds(self, counts: tuple) -> float:
+        return sum(each * count for each, count in zip(self[1:], counts, strict=True))
 
 
-GPUS = {(9, 0): Gpu()}          # H100 80GB HBM3, torch 2.11, cuDNN 9.19: the sweep of `python -m experiments.bench --only attention`
+GPUS = {(9, 0): Gpu()}          # H100 80GB HBM3, torch 2.11, cuDNN 9.19
+QUERY_TILE = 128                # query tokens of a head that cuDNN gives an SM; they see all the keys
 
 
 def gpu_constants(index: int | None) -> Gpu | None:
@@ -322,21 +356,24 @@ def gpu_constants(index: int | None) -> Gpu | None:
     return known and known._replace(sms=gpu.multi_processor_count)
 
 
-def form_seconds(cut: int, B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: Gpu, itemsize: int = 2) -> float:
-    """Predicted time when the first `cut` query tokens go through K, V and cuDNN, and the other L - cut through the kernel."""
-    seconds, rest = 0.0, L - cut
+def waves(rows: int, heads: int, sms: int) -> int:
+    """Rounds of SMs that cuDNN needs for `rows` query rows in each of `heads` heads."""
+    return math.ceil(heads * math.ceil(rows / QUERY_TILE) / sms)
+
+
+def form_counts(cut: int, B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, sms: int) -> tuple:
+    """What is counted, in `Gpu`'s order, when the first `cut` query tokens go through K, V and cuDNN and the others through the kernel."""
+    launch = key = kernel = product = byte = 0
     if cut:
-        written = B * T * H * (N + R + V) * itemsize
-        products = 2 * B * T * H * C * (N + R + V) / gpu.gemm          # a GEMM this thin is bound by both, in part one after the other
-        seconds += max(written / gpu.copy, products) + 2 * B * (T * (C + R) + cut * H * (N + R)) * itemsize / gpu.copy
-        seconds += 2 * gpu.launch + math.ceil(B * H * math.ceil(cut / gpu.rows) / gpu.sms) * T * gpu.key
-    if rest:
-        tile = choose_tile(C, R, itemsize, (9, 0))
-        programs, tiles, slots = B * math.ceil(rest * H / tile.block_m), math.ceil(T / tile.block_n), gpu.sms * tile.resident
+        launch, key = 2, waves(cut, B * H, sms) * T
+        product, byte = 2 * B * T * H * C * (N + R + V), 2 * B * T * H * (N + R + V)
+    if cut < L:                                            # prepare and merge hide behind their neighbours: programmatic dependent launch
+        tile = choose_tile(C, R, 2, (9, 0))
+        programs, tiles, slots = B * math.ceil((L - cut) * H / tile.block_m), math.ceil(T / tile.block_n), sms * tile.resident
         steps = iterations(programs, tiles, slots, choose_splits(programs, tiles, slots))
-        seconds += 2 * gpu.launch + steps * 2 * tile.block_m * tile.block_n * (2 * C + R) * slots / gpu.kernel
-        seconds += 2 * B * rest * H * C * (N + V) / gpu.gemm
-    return seconds
+        launch, kernel = launch + 2, steps * 2 * tile.block_m * tile.block_n * (2 * C + R) * tile.resident
+        product += 2 * B * (L - cut) * H * C * (N + V)
+    return launch, key, 0, kernel, product, byte
 
 
 def plan(B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: Gpu | None) -> int:
@@ -346,8 +383,9 @@ def plan(B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int, gpu: Gp
     """
     if gpu is None:
         return L if 2 * C > N + V and L > C * (N + V) / (2 * C - N - V) else 0
-    waves = {gpu.rows * (wave * gpu.sms // (B * H)) for wave in range(1, math.ceil(B * H * L / gpu.rows / gpu.sms) + 1)}
-    return min(sorted({0, L} | {cut for cut in waves if cut < L}), key=lambda cut: form_seconds(cut, B, L, T, H, N, R, V, C, gpu))
+    full = {QUERY_TILE * (wave * gpu.sms // (B * H)) for wave in range(1, waves(L, B * H, gpu.sms) + 1)}
+    seconds = lambda cut: gpu.seconds(form_counts(cut, B, L, T, H, N, R, V, C, gpu.sms))
+    return min(sorted({0, L} | {cut for cut in full if cut < L}), key=seconds)
 
 
 @torch.compiler.assume_constant_result

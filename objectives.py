@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sample import FEW_STEPS, FEW_SHIFT, add_noise, rollout, shift
 
-GRID = 48                                                  # levels of the consistency grid: a multiple of 4, so that the sampler's are on it
+GRID = 48                                                  # levels of the consistency grid; the sampler's 4 are among them
 
 
 def velocity_error(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:

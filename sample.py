@@ -29,8 +29,9 @@ import torch
 from PIL import GifImagePlugin, Image
 from torch import Tensor
 
-from cache import FullWindow, RollingCache
+from cache import RollingCache
 from checkpoint import load_model
+from compiled import CompiledChunk
 from mla_video import ROUTES, VideoDiT
 from toy_data import decode_caption, encode_caption, make_world, survival_report
 
@@ -55,63 +56,11 @@ def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * x0 + sigma * eps
 
 
-class CompiledChunk:
-    """A model's `denoise` and `commit` over one full window, as one compiled graph: the same two verbs, for the same chunk shape.
-
-    `fullgraph=True`: what cannot be compiled raises here and is not skipped. Positions, slots and the counter are tensors, so no pass
-    recompiles and none waits for the host. The commit is the same graph at sigma = 0, then a copy of the chunk's rows to their slots.
-    On a GPU both are captured as CUDA graphs: a pass is one launch, and its result stands in a buffer that the next pass overwrites.
-    `cache` is replaced by `window`, which starts as its copy. tests/test_fast_path.py: one graph, no recompilation, same video.
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: VideoDiT, cache: RollingCache, caption: Tensor, route: str = "auto", backend: str = "inductor"):
-        c, weight = model.config, model.embed.weight
-        self.window = window = cache if isinstance(cache, FullWindow) else FullWindow(cache)
-        self.x = weight.new_zeros(len(caption), c.chunk, c.channels, c.height, c.width)
-        self.sigma, self.caption = weight.new_zeros(self.x.shape[:2]), caption.clone()
-        self._pass = torch.compile(lambda x, sigma, caption: model.denoise(x, sigma, caption, window, route),
-                                   fullgraph=True, dynamic=False, backend=backend)
-        start = time.perf_counter()
-        self.v = self._pass(self.x, self.sigma, self.caption)                          # compiles; writes the provisional rows alone
-        self._replay = self._store = None
-        if self.x.is_cuda:
-            stream = torch.cuda.Stream()                   # a capture must not meet first-time work: run once more, aside
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._pass(self.x, self.sigma, self.caption)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._replay, self._store = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._replay):
-                self.v = self._pass(self.x, self.sigma, self.caption)
-            with torch.cuda.graph(self._store):            # recorded, not run: the window does not move here
-                window.commit()
-            torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - start         # compilation and capture, the first chunk's wait
-
-    def _check(self, x: Tensor, cache) -> None:
-        if cache is not self.window or x.shape != self.x.shape:
-            raise ValueError(f"this graph was made for chunks {tuple(self.x.shape)} and its own window; make another CompiledChunk")
-
-    def denoise(self, x: Tensor, sigma: Tensor, caption: Tensor, cache: FullWindow, route: str = "auto") -> Tensor:
-        self._check(x, cache)
-        if self._replay is None:
-            return self._pass(x, sigma, caption)
-        self.x.copy_(x)
-        self.sigma.copy_(sigma)
-        self.caption.copy_(caption)
-        self._replay.replay()
-        return self.v
-
-    def commit(self, x: Tensor, caption: Tensor, cache: FullWindow, route: str = "auto") -> None:
-        self.denoise(x, x.new_zeros(x.shape[:2]), caption, cache)
-        self.window.commit() if self._store is None else self._store.replay()
-
-
 @torch.no_grad()
 def rollout(model: VideoDiT, caption: Tensor, frames: int, *, steps: int = 12, sampler: str = "euler", guidance: float = 1.0,
             route: str = "auto", switch: dict[int, Tensor] | None = None, exit: int | None = None, record: bool = False,
-            memory: RollingCache | None = None, generator: torch.Generator | None = None, compile: bool | str = False, say=lambda line: None) -> Iterator[Tensor]:
+            memory: RollingCache | None = None, generator: torch.Generator | None = None, compile: bool | str = False,
+            say=lambda line: None) -> Iterator[Tensor]:
     """Yield chunks [B, chunk, channels, height, width] in about [-1, 1] until `frames` frames are made (0: without end).
 
     Every chunk starts as noise, takes `steps` passes while it looks at the cache of its predecessors, and is then committed.
@@ -290,7 +239,8 @@ def sample_from(args) -> None:
     model.to(device)
     compile = device.type == "cuda" if args.compile is None else args.compile
     if (stage := about.get("stage", "tf")) not in SAMPLERS:
-        raise ValueError(f"{args.checkpoint} is a {stage} model: it sees past and future at once, so it cannot stream; give one of {', '.join(SAMPLERS)}")
+        raise ValueError(f"{args.checkpoint} is a {stage} model: it sees past and future at once, so it cannot stream; give one of "
+                         + ", ".join(SAMPLERS))
     how = {**SAMPLERS[stage], **{name: value for name in ("sampler", "steps") if (value := getattr(args, name)) is not None},
            "guidance": args.guidance, "route": args.route, "compile": compile, "say": lambda line: print(line, file=sys.stderr)}
     data = about.get("data")
@@ -330,7 +280,8 @@ def read_prompts(prompts: list[str]) -> tuple[Tensor, dict[int, Tensor]]:
         elif captions:
             changes.append((int(frame), len(captions) - 1, encode_caption(text)))
         else:
-            raise ValueError(f"prompt {prompt!r} changes the caption of the video before it, and there is none: give a prompt without a frame first")
+            raise ValueError(f"prompt {prompt!r} changes the caption of the video before it, and there is none: give a prompt without a "
+                             "frame first")
     now, switch = torch.stack(captions), {}
     for frame, video, caption in sorted(changes, key=lambda change: change[0]):
         now = switch.setdefault(frame, now.clone())

@@ -9,7 +9,8 @@
     python train.py --resume --steps 4000              go on from out/train.pt up to 4000 steps in all
 
 Writes to --out: train.pt (all that is needed to go on), STAGE.pt (the weights a stage ends with), model.pt (those that sample.py plays: of
-the last stage that can stream), sample.gif, loss_STAGE.png and report_STAGE.json (the figures it prints, with command, commit, device, versions).
+the last stage that can stream), sample.gif, loss_STAGE.png and report_STAGE.json (the figures it prints, with command, commit, device,
+versions).
 """
 
 import argparse
@@ -116,8 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; `argv` None takes the process' own. Exits with code 2 and one line on input it cannot use."""
     parser = argparse.ArgumentParser(description="Train a causal video diffusion transformer on small clips, in the three stages of the paper.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--stage", default="tf", choices=(*STAGES, "all"), help="score: bidirectional model of whole clips, which tf may start "
-                        "from and dmd needs; tf: teacher forcing; cd: consistency distillation; dmd: distribution matching; all: one after the other")
+    parser.add_argument("--stage", default="tf", choices=(*STAGES, "all"), help="score: bidirectional model of whole clips, which tf may "
+                        "start from and dmd needs; tf: teacher forcing; cd: consistency distillation; dmd: distribution matching; all: one "
+                        "after the other")
     parser.add_argument("--attention", default="mla", choices=("mla", "dense"))
     parser.add_argument("--data", default="shapes", help="shapes, digits, occluder, or a .npy, .npz, .gif or video file")
     parser.add_argument("--preset", default="toy", choices=tuple(PRESETS), help="size of the model")
@@ -126,8 +128,8 @@ def main(argv: list[str] | None = None) -> None:
                         + ", ".join(f"{stage} {ON_CPU[stage]['steps']} / {ON_GPU[stage]['steps']}" for stage in STAGES) + ")")
     parser.add_argument("--batch", type=int, help="clips per step (default: 16 on a CPU, 64 on a GPU)")
     parser.add_argument("--out", default="out", help="folder for everything that is written")
-    parser.add_argument("--start", metavar="PATH", help="weights that the stage starts from (default: OUT/score.pt for tf, if it is there; OUT/tf.pt "
-                        "for cd, OUT/cd.pt for dmd)")
+    parser.add_argument("--start", metavar="PATH", help="weights that the stage starts from (default: OUT/score.pt for tf, if it is there; "
+                        "OUT/tf.pt for cd, OUT/cd.pt for dmd)")
     parser.add_argument("--score", metavar="PATH", help="score model that dmd needs (default: OUT/score.pt)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, up to --steps in all")
     parser.add_argument("--evaluate", type=int, default=64, metavar="N", help="rollouts to judge at the end of a stage; 0: none")
@@ -167,7 +169,7 @@ def train_from(args) -> None:
     world = make_world(args.data, frames=config.frames, size=config.height, seed=args.seed)
     stages = STAGES if args.stage == "all" else (args.stage,)
     if args.curve and (world.name != "shapes" or args.stage == "score"):
-        raise ValueError(f"--curve judges rollouts in the shapes world, whose truth is known; not in {world.name}, and not of a score model")
+        raise ValueError(f"--curve judges rollouts in the shapes world, whose truth is known; not in {world.name}, nor of a score model")
     if args.stage == "all" and (args.start or args.score):
         raise ValueError("--stage all makes every start itself: --start and --score are for a single stage")
     state = load_state(out / "train.pt", stages, config, world, args, device) if args.resume else None
@@ -176,8 +178,8 @@ def train_from(args) -> None:
     elif (out / "train.pt").exists():
         other = read_checkpoint(out / "train.pt", {"recipe", "step"})
         if args.stage in ("all", other["recipe"]["stage"]) or other["step"] < other["recipe"]["steps"]:
-            raise ValueError(f"{out / 'train.pt'} exists (stage {other['recipe']['stage']}, step {other['step']}): go on from it with --resume, or choose "
-                             "another folder with --out")
+            raise ValueError(f"{out / 'train.pt'} exists (stage {other['recipe']['stage']}, step {other['step']}): go on from it with "
+                             "--resume, or choose another folder with --out")
     # Products of float32 matrices may use the fast units: TF32 on a GPU, oneDNN (on AMD severalfold faster than MKL) on a CPU.
     torch.set_float32_matmul_precision("medium")
     for stage in stages:
@@ -205,7 +207,8 @@ def train_stage(args, recipe: Recipe, config: Config, world, state: dict | None,
     origin = provenance(device)                            # now: a long run must name the commit it started from
     out.mkdir(parents=True, exist_ok=True)
     print(f"{stage}: {config.attention} {args.preset}, {sum(p.numel() for p in model.parameters()):,} parameters; {recipe.batch} clips of "
-          f"{config.frames} frames a step from {world.name}; {device.type}; starts from {' and '.join(starts) or ('train.pt' if state else 'scratch')}")
+          f"{config.frames} frames a step from {world.name}; {device.type}; starts from "
+          + (" and ".join(starts) or ("train.pt" if state else "scratch")))
     if world.reads:
         print(f"data         {world.reads}")
     print(cache_line(trainer.model, 1))
@@ -213,22 +216,25 @@ def train_stage(args, recipe: Recipe, config: Config, world, state: dict | None,
     finish(trainer, out)
     if trainer.losses:
         draw_losses(trainer.losses, stage, out / f"loss_{stage}.png")
-    noise, judged = None, None
+    by_noise, judged = None, None
     if stage in ("score", "tf"):
-        noise = loss_by_noise(trainer)
-        print("loss by noise level: " + ", ".join(f"{a:.1f}-{b:.1f}: {loss:.4f}" for a, b, loss in noise))
+        by_noise = loss_by_noise(trainer)
+        print("loss by noise level: " + ", ".join(f"{a:.1f}-{b:.1f}: {loss:.4f}" for a, b, loss in by_noise))
     if stage in SAMPLERS:
         prompts = PROMPTS if world.name == "shapes" else ("",) * 4
         captions = torch.stack([encode_caption(prompt) for prompt in prompts])
         gif = GifWriter(out / "sample.gif")
-        for chunk in rollout(trainer.ema, captions, 10 * config.frames, generator=torch.Generator().manual_seed(args.seed), **SAMPLERS[stage]):
+        noise = torch.Generator().manual_seed(args.seed)
+        for chunk in rollout(trainer.ema, captions, 10 * config.frames, generator=noise, **SAMPLERS[stage]):
             gif.append(to_pixels(chunk))
         if args.evaluate and world.name == "shapes":
             judged = report_survival(trainer.ema, args.evaluate, 10 * config.frames, args.seed, **SAMPLERS[stage])
     report = {**origin, "stage": stage, "attention": config.attention, "steps": trainer.step, "batch": recipe.batch, "seed": args.seed,
-              "training_seconds": round(trainer.seconds, 1), "loss_by_noise": noise, "rollouts": args.evaluate, "survival": judged, "curve": curve}
+              "training_seconds": round(trainer.seconds, 1), "loss_by_noise": by_noise, "rollouts": args.evaluate, "survival": judged,
+              "curve": curve}
     (out / f"report_{stage}.json").write_text(json.dumps(report, indent=1))
-    print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+    print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {out} now: "
+          + ", ".join(sorted(path.name for path in out.iterdir())))
     if stage in SAMPLERS:
         print(f"next: python sample.py --checkpoint {out / 'model.pt'} --frames 480 --out {out / 'long.gif'}")
 
@@ -237,8 +243,8 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
     """The weights that a stage starts from; ValueError in one line that names both sides if they are of another kind."""
     if not path.is_file():
         needed = " or ".join(f"a {name} model" for name in allowed if name)
-        raise ValueError(f"stage {stage} needs {needed}, and there is none at {path}: train it with --stage {allowed[0] or stage}, or name one "
-                         f"with {'--score' if stage == 'dmd' and allowed == ('score',) else '--start'}")
+        raise ValueError(f"stage {stage} needs {needed}, and there is none at {path}: train it with --stage {allowed[0] or stage}, or name "
+                         f"one with {'--score' if stage == 'dmd' and allowed == ('score',) else '--start'}")
     model, about = load_model(path)
     pairs = [("stage", about.get("stage"), " or ".join(name for name in allowed if name)), ("data", about.get("data"), world.name)]
     pairs += [(name, value, asdict(config)[name]) for name, value in asdict(model.config).items()]
@@ -250,7 +256,7 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
 
 def load_state(path: Path, stages: tuple[str, ...], config: Config, world, args, device: torch.device) -> dict:
     """The training state at `path`, if it is a run of these stages, config, data, batch and seed; ValueError in one line otherwise."""
-    state = read_checkpoint(path, {"config", "recipe", "data", "step", "seconds", "learner", "critic", "frozen", "videos", "age", "ema", "losses"})
+    state = read_checkpoint(path, {"config", "recipe", "data", "step", "seconds", "learner", "ema", "critic", "frozen", "videos", "age", "losses"})
     stage = state["recipe"].get("stage")
     if stage not in stages:
         raise ValueError(f"cannot resume {path}: it is at stage {stage}, and you ask for {' '.join(stages)}")

@@ -102,8 +102,8 @@ class Learner:
 
 
 class Recorded:
-    """A function of tensors (to a tuple of tensors) that draws from `generator`. On a GPU its second call is recorded as a CUDA graph, which that and every later
-    call replays: one launch for the thousands of small kernels that a toy step is. On a CPU just the function."""
+    """A function of tensors, to a tuple of tensors, that draws from `generator`. On a GPU its second call is recorded as a CUDA graph, which
+    that and every later call replays: one launch for the thousands of small kernels that a toy step is. On a CPU just the function."""
 
     def __init__(self, function, generator: torch.Generator, pool):
         self.function, self.generator, self.pool, self.graph, self.warm = function, generator, pool, None, False

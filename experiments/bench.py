@@ -1,6 +1,6 @@
 """Where latent attention wins and where it loses: memory, attention, block, rollout, batch, measured on one device in one run.
 
-    python -m experiments.bench                                everything this device can hold (one H100: about 8 minutes)
+    python -m experiments.bench                                everything this device can hold (one H100: about 4 minutes)
     python -m experiments.bench --only attention --json results/bench_h100.json
     python -m experiments.bench --quick                        small sizes; what a CPU gets anyway
 
@@ -10,22 +10,26 @@ several input sets (cold L2), with the 10th and 90th percentile in the JSON. Pre
 """
 import argparse
 import copy
+import json
 import math
+import os
 import statistics
-import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused
-from attention import ROUTES, attend_fused, choose_route, crossing, route_flops, route_seconds
-from experiments.measure import Measure, StoredRotated, cell, graphs
+from attention import ROUTES, attend_fused, choose_route, crossing, route_counts, route_flops
+from compiled import CompiledChunk
+from experiments.measure import Measure, StoredRotated, cell, fit, graphs
 from mla_video import PRESETS, VideoDiT
 from rope3d import Rope3D, grid_coords, rotate
-from sample import CompiledChunk, shift
+from sample import shift
 
 STEPS = 4                                                  # denoising passes of a chunk, and one more to commit: 5 passes
 
@@ -39,12 +43,12 @@ class Bench(Measure):
         rows = {}
         for preset in ("toy", "small", "wan1.3b"):
             with torch.device("meta"):
-                caches = {kind: VideoDiT(replace(PRESETS[preset], attention=kind)).make_cache(1, torch.bfloat16) for kind in ("mla", "dense")}
-            mla, dense = caches["mla"], caches["dense"]
+                mla, dense = (VideoDiT(replace(PRESETS[preset], attention=kind)).make_cache(1, torch.bfloat16) for kind in ("mla", "dense"))
             rows[preset] = dict(mla=mla.bytes_per_token, dense=dense.bytes_per_token, saved=1 - mla.bytes_per_token / dense.bytes_per_token,
                                 mla_bytes=mla.nbytes, dense_bytes=dense.nbytes)
         self.table("cache, bf16, from the buffers", ["preset", "MLA B/token/layer", "dense", "saved %", "MLA MB/video", "dense MB/video"],
-                   [[k, r["mla"], r["dense"], f"{100 * r['saved']:.1f}", f"{r['mla_bytes'] / 1e6:.1f}", f"{r['dense_bytes'] / 1e6:.1f}"] for k, r in rows.items()])
+                   [[k, r["mla"], r["dense"], f"{100 * r['saved']:.1f}", f"{r['mla_bytes'] / 1e6:.1f}", f"{r['dense_bytes'] / 1e6:.1f}"]
+                    for k, r in rows.items()])
         return rows
 
     # ---- attention --------------------------------------------------------------------------------------------------
@@ -99,7 +103,7 @@ class Bench(Measure):
                 with sdpa_kernel([backend]):
                     return F.scaled_dot_product_attention(x[0][:, :, at], x[1], x[2], scale=scale).transpose(1, 2)
             return call
-        cudnn, flash = (dense(b) for b in ((SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if self.gpu else (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)))
+        cudnn, flash = dense(SDPBackend.CUDNN_ATTENTION if self.gpu else SDPBackend.MATH), dense(SDPBackend.FLASH_ATTENTION)
         name = "cuDNN" if self.gpu else "math"
         contenders = {f"dense {name}, K V ready": (cudnn, ready), "dense flash, K V ready": (flash, ready)}
         latent = lambda fn: (lambda x: fn(*x))
@@ -111,31 +115,28 @@ class Bench(Measure):
             contenders["reference"] = (None, None)
         if self.gpu:
             contenders["fused"] = (latent(attend_fused), sets)
-            for label, k in {"fused, kernel only": 0, "fused, cuDNN only": L, **({"fused, waves + kernel": cut} if 0 < cut < L else {})}.items():
-                contenders[label] = (lambda x, k=k: attend_fused(*x, cut=k), sets)
-            lat = [(torch.einsum("blhn,hnc->blhc", x[0], x[4]).contiguous(), rotate(x[1], x[6]), x[2], x[3], *x[7], scale) for x in sets]
-            contenders["kernel alone (latents in and out)"] = (lambda x: fused.latent_attention(*x), lat)
+            for label, k in {"fused, kernel only": 0, "fused, cuDNN only": L, "fused, waves + kernel": cut}.items():
+                if label != "fused, waves + kernel" or 0 < cut < L:
+                    contenders[label] = (lambda x, k=k: attend_fused(*x, cut=k), sets)
 
-        def run(call, inputs, label):
+        def run(call, inputs):
             if call is None:
                 raise MemoryError(f"skipped: its scores would take {8 * L * T * H / 1e9:.0f} GB")
             got = call(inputs[0])[:, rows].double()
-            if label.startswith("kernel alone"):
-                got = torch.einsum("blhc,hvc->blhv", got, sets[0][5].double())
             error = ((got - want).square().mean() / want.square().mean()).sqrt().item()
             return self.timed([lambda x=x: call(x) for x in inputs]) | {"error": error}
-        timing = {label: self.attempt(lambda: run(call, inputs, label)) for label, (call, inputs) in contenders.items()}
+        timing = {label: self.attempt(lambda: run(call, inputs)) for label, (call, inputs) in contenders.items()}
         base = timing[f"dense {name}, K V ready"].get("error") or timing["dense flash, K V ready"].get("error")
         for row in timing.values():
             if "error" in row:
                 row["error_ratio"] = row["error"] / base if base else None
         auto = choose_route(L, T, **s, gpu=gpu, fusable=self.gpu)
-        ok = {k: r["ms"] for k, r in timing.items() if "ms" in r and not k.startswith(("dense", "kernel"))}
+        ok = {k: r["ms"] for k, r in timing.items() if "ms" in r and not k.startswith("dense")}
         point = dict(timing=timing, auto=auto, cut=fused.plan(1, L, T, *(s[k] for k in "HNRVC"), gpu), best=min(ok, key=ok.get),
                      auto_over_best=ok[auto] / min(ok.values()) if auto in ok else None,
                      flops={r: route_flops(r, L, T, **s) for r in ("materialised", "absorbed")})
         if gpu:
-            point["predicted_ms"] = {r: 1e3 * route_seconds(r, 1, L, T, *(s[k] for k in "HNRVC"), gpu) for r in ROUTES}
+            point["predicted_ms"] = {r: 1e3 * gpu.seconds(route_counts(r, 1, L, T, *(s[k] for k in "HNRVC"), gpu)) for r in ROUTES}
         return point
 
     def attention_table(self, T, result):
@@ -153,13 +154,15 @@ class Bench(Measure):
         rows.append(["auto / best route"] + [f"{p['auto_over_best']:.3f}" if p["auto_over_best"] else "-" for p in points])
         rows.append(["worst error / dense error"] + [f"{max(r.get('error_ratio') or 0 for r in p['timing'].values()):.2f}" for p in points])
         useful = lambda p: 2 * p["L"] * T * self.sizes()["H"] * (2 * self.sizes()["C"] + self.sizes()["R"])
-        kernel = [p["timing"].get("kernel alone (latents in and out)", {}).get("ms") for p in points]
+        kernel = [p["timing"].get("fused, kernel only", {}).get("ms") for p in points]
         if any(kernel):
-            rows.append(["kernel alone, % of matmul ceiling"] + [f"{useful(p) / ms / 1e7 / self.out['ceilings']['matmul_tflops']:.0f}" if ms else "-" for p, ms in zip(points, kernel)])
+            percent = lambda p, ms: f"{useful(p) / ms / 1e7 / self.out['ceilings']['matmul_tflops']:.0f}" if ms else "-"
+            rows.append(["fused, kernel only, % of matmul ceiling"] + [percent(p, ms) for p, ms in zip(points, kernel)])
         self.table(f"attention, T = {T}, ms", ["contender"] + [f"L={p['L']}" for p in points], rows)
         pairs = {"absorbed / materialised": ("absorbed", "materialised"), "kernel / cuDNN": ("fused, kernel only", "fused, cuDNN only")}
         for label, (a, b) in pairs.items():
-            xs = [(p["L"], p["timing"][a]["ms"] / p["timing"][b]["ms"]) for p in points if "ms" in p["timing"].get(a, {}) and "ms" in p["timing"].get(b, {})]
+            both = [(p["L"], p["timing"].get(a, {}), p["timing"].get(b, {})) for p in points]
+            xs = [(L, x["ms"] / y["ms"]) for L, x, y in both if "ms" in x and "ms" in y]
             for (l0, r0), (l1, r1) in zip(xs, xs[1:]):
                 if r0 < 1 <= r1:                           # straight in the logarithms between two measured points
                     result["crossing"][f"{label}, T={T}"] = at = l0 * (l1 / l0) ** (math.log(1 / r0) / math.log(r1 / r0))
@@ -196,33 +199,36 @@ class Bench(Measure):
         s, E = self.sizes(), c.dim
         weights = {"dense": 4 * E * E, "MLA": E * (s["C"] + s["R"]) + E * c.query_latent + c.query_latent * E + E * E}
         for label, row in rows.items():
-            if "ms" in row:                                # useful operations: attention as materialised without up-projection, linear layers
+            if "ms" in row:                                # useful operations: attention without up-projection, linear layers
                 linear = 2 * L * (weights[label.split()[0].strip(",")] + 2 * E * E + 2 * E * c.ffn) + 4 * E * c.slots * (L + E)
                 flops = (STEPS + 1) * (4 * L * T * E + linear)
                 row["percent_of_ceiling"] = flops / row["ms"] / 1e7 / self.out["ceilings"]["matmul_tflops"]
                 row["over_dense"] = row["ms"] / rows["dense, compiled" if self.gpu else "dense, eager"].get("ms", math.nan)
-        self.table(f"block, a chunk of {STEPS + 1} passes, L = {L}, T = {T}", ["contender", "ms", "/ compiled dense", "% of ceiling", "warm-up s"],
-                   [[k, cell(r), *((f"{r['over_dense']:.3f}", f"{r['percent_of_ceiling']:.0f}", f"{r['warmup_s']:.0f}") if "ms" in r else ("", "", ""))] for k, r in rows.items()])
+        more = lambda r: (f"{r['over_dense']:.3f}", f"{r['percent_of_ceiling']:.0f}", f"{r['warmup_s']:.0f}") if "ms" in r else [""] * 3
+        self.table(f"block, a chunk of {STEPS + 1} passes, L = {L}, T = {T}", ["contender", "ms", "/ compiled dense", "% of ceiling",
+                   "warm-up s"], [[k, cell(r), *more(r)] for k, r in rows.items()])
         return rows
 
-    def stream(self, model, window, chunks, backend="inductor") -> dict:
-        """Run `chunks` chunks over a full window; on a GPU any host synchronisation inside raises."""
+    def stream(self, model, window, chunks, backend="inductor", more=0) -> dict:
+        """Time `chunks` chunks over a full window, then make `more` of a single step (2 passes instead of 5): the same graphs, sooner
+        done. On a GPU any host synchronisation in either part raises."""
         c, caption, start = model.config, self.caption(), time.perf_counter()
         fast = CompiledChunk(model, window, caption, backend=backend)
-        sigmas, shape = [shift(1 - i / STEPS) for i in range(STEPS + 1)], fast.x.shape
-        noise = torch.Generator(self.device).manual_seed(0)
+        noise, shape = torch.Generator(self.device).manual_seed(0), fast.x.shape
 
-        def chunk():
+        def chunk(steps=STEPS):
             x = torch.randn(shape, generator=noise, device=self.device, dtype=self.dtype)
+            sigmas = [shift(1 - i / steps) for i in range(steps + 1)]
             for now, then in zip(sigmas, sigmas[1:]):
                 x = x - (now - then) * fast.denoise(x, x.new_full(shape[:2], now), caption, fast.window)
             fast.commit(x, caption, fast.window)
             return x
         chunk()
+        if self.gpu:
+            torch.cuda.synchronize()
         cold, before = time.perf_counter() - start, graphs()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(chunks + 1)] if self.gpu else []
         if self.gpu:
-            torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         try:
             times = []
@@ -234,6 +240,8 @@ class Bench(Measure):
                 times.append(time.perf_counter() - t)
             if self.gpu:
                 events[-1].record()
+            for _ in range(more):
+                x = chunk(1)
         finally:
             if self.gpu:
                 torch.cuda.set_sync_debug_mode("default")
@@ -241,7 +249,8 @@ class Bench(Measure):
             torch.cuda.synchronize()
             times = [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:])]
         after = graphs()
-        return dict(ms=1e3 * statistics.median(times), low=1e3 * min(times), high=1e3 * max(times), chunks=chunks, cold_s=cold, warmup_s=cold,
+        return dict(ms=1e3 * statistics.median(times), low=1e3 * min(times), high=1e3 * max(times), chunks=chunks,
+                    chunks_of_2_passes=more, cold_s=cold,
                     frames_per_s=c.chunk / statistics.median(times), recompiles=after[0] - before[0], graph_breaks=after[1],
                     sync_check="did not raise" if self.gpu else "no GPU", finite=bool(x.isfinite().all()))
 
@@ -250,18 +259,20 @@ class Bench(Measure):
         for kind in ("mla", "dense"):
             def run():
                 model = self.model(kind)
-                return self.stream(model, self.window(model), 10 if self.gpu else 3, backend)
+                return self.stream(model, self.window(model), 10 if self.gpu else 3, backend, 190 if self.gpu and kind == "mla" else 0)
             rows[kind] = self.attempt(run, forget=True)
             print(f"  rollout: {kind}: {rows[kind]}", flush=True)
-        if self.gpu:                                       # 200 chunks of a smaller model: the same code, in seconds
-            keep, self.config = self.config, PRESETS["small"]
-            rows["200 chunks, small preset"] = self.attempt(lambda: self.stream(m := self.model("mla"), self.window(m), 200), forget=True)
+        if self.gpu:                                       # what `python sample.py` waits for and then takes
+            keep, self.config = self.config, PRESETS["toy"]
+            rows["toy"] = self.attempt(lambda: self.stream(toy := self.model("mla"), self.window(toy), 100), forget=True)
             self.config = keep
         if all("ms" in rows[k] for k in ("mla", "dense")):
             rows["mla"]["over_dense"] = rows["mla"]["frames_per_s"] / rows["dense"]["frames_per_s"]
             print(f"rollout: MLA makes {rows['mla']['over_dense']:.3f}x the frames per second of dense")
-        self.table("rollout, window full", ["model", "ms/chunk", "latent frames/s", "first chunk s", "recompiles", "graph breaks", "sync debug mode"],
-                   [[k, cell(r), *((f"{r['frames_per_s']:.2f}", f"{r['cold_s']:.0f}", r["recompiles"], r["graph_breaks"], r["sync_check"]) if "ms" in r else [""] * 5)] for k, r in rows.items()])
+        names = ["frames_per_s", "cold_s", "chunks", "chunks_of_2_passes", "recompiles", "graph_breaks", "sync_check"]
+        show = lambda x: f"{x:.2f}" if isinstance(x, float) else x
+        self.table("rollout, window full", ["model", "ms/chunk", *names],
+                   [[k, cell(r), *(show(r.get(n, "")) for n in names)] for k, r in rows.items()])
         return rows
 
     # ---- batch ------------------------------------------------------------------------------------------------------
@@ -275,17 +286,18 @@ class Bench(Measure):
         for how in ("in turns of 1 video", "all at once"):
             a, b = (rows[f"{kind}, {how}"].get("videos") for kind in ("mla", "dense"))
             rows[f"mla, {how}"]["over_dense"] = a / b if a and b else None
-        self.table("largest batch, window full", ["model", "videos", "MLA / dense", "verified with all layers"],
-                   [[k, r.get("videos", r.get("failed")), f"{r['over_dense']:.1f}" if r.get("over_dense") else "", r.get("verified", "")] for k, r in rows.items()])
+        self.table("largest batch, window full", ["model", "videos", "MLA / dense"],
+                   [[k, r.get("videos", r.get("failed")), f"{r['over_dense']:.1f}" if r.get("over_dense") else ""]
+                    for k, r in rows.items()])
         return rows
 
     def largest(self, kind, turn) -> dict:
-        """Doubling, then bisecting. Every try holds all weights and every layer's cache of all videos, and runs one layer, where the
-        peak is the same as in all (nothing is kept from layer to layer); the number found is then confirmed by a pass through all."""
+        """Doubling, then bisecting. Every try holds all weights and every layer's cache of all videos, and runs two layers (the second
+        finds the rows of the first still held), where the peak is that of all; what is reported has passed through all of them."""
         model = self.model(kind)
         blocks, c = model.blocks, self.config
 
-        def fits(videos, layers=1):
+        def fits(videos, layers=2):
             model.blocks = blocks[:layers]
             window, x = None, None
             try:
@@ -308,14 +320,15 @@ class Bench(Measure):
                 if self.gpu:
                     torch.cuda.empty_cache()
         if not self.gpu:
-            return dict(videos=4, verified=fits(4, c.layers), note="CPU: a pass through the code, no limit sought")
+            return dict(videos=4 if fits(4, c.layers) else 0, note="CPU: a pass through the code, no limit sought")
         good, bad, start = 0, 1, time.perf_counter()
         while fits(bad) and time.perf_counter() - start < 90:
             good, bad = bad, 2 * bad
         while bad - good > 1 and time.perf_counter() - start < 90:
             middle = (good + bad) // 2
             good, bad = (middle, bad) if fits(middle) else (good, middle)
-        return dict(videos=good, smallest_that_fails=bad, verified=fits(good, c.layers) if good else False, seconds=time.perf_counter() - start)
+        passed = next((n for n in range(good, 0, -1) if fits(n, c.layers)), 0)
+        return dict(videos=passed, by_two_layers=good, seconds=time.perf_counter() - start)
 
     # ---- paper B200 -------------------------------------------------------------------------------------------------
 
@@ -329,12 +342,13 @@ class Bench(Measure):
             dense = 2 * L * T * H * (N + R + V) / 1.67e15
             up = max(2 * T * H * (N + R + V) / 6.8e12, 2 * T * H * C * (N + R + V) / 1.7e15)
             rows[str(L)] = dict(dense_ms=1e3 * dense, mla_ms=1e3 * (dense + up), ratio=1 + up / dense)
-        self.table("PREDICTION for a B200 (public figures, not measured), attention, T = 32760", ["L", "dense ms", "MLA by K and V ms", "ratio"],
+        self.table("PREDICTION for a B200 (public figures, not measured), attention, T = 32760",
+                   ["L", "dense ms", "MLA by K and V ms", "ratio"],
                    [[L, f"{r['dense_ms']:.3f}", f"{r['mla_ms']:.3f}", f"{r['ratio']:.3f}"] for L, r in rows.items()])
         return rows
 
 
-SECTIONS = ("memory", "attention", "block", "rollout", "batch", "b200")
+SECTIONS = ("memory", "rollout", "attention", "block", "batch", "b200")       # rollout early: what it compiles is then really cold
 
 
 @torch.no_grad()
@@ -347,19 +361,23 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--cpu", action="store_true", help="measure the CPU although there is a GPU")
     parser.add_argument("--budget", type=float, default=900, metavar="SECONDS", help="start nothing after this time; rows left out say so")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset, for a shorter run")
-    parser.add_argument("--commit", help="the commit to name, where there is no git")
+    parser.add_argument("--fit", metavar="PATH", help="measure nothing: print the constants of fused.Gpu that follow from a results file")
     args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
+    if args.fit:
+        print(f"now    {fused.Gpu()}\nfitted {fit(json.loads(Path(args.fit).read_text()))}")
+        return
     torch._dynamo.config.recompile_limit = 256             # one function meets many shapes here; each is meant
     bench = Bench(args)
     bench.ceilings()
-    for name in args.only or SECTIONS:
-        start = time.perf_counter()
-        bench.out["sections"][name] = bench.attempt(getattr(bench, name))
-        if "failed" in bench.out["sections"][name]:
-            print(f"section {name} failed: {bench.out['sections'][name]['failed']}")
-        print(f"[{name}: {time.perf_counter() - start:.0f} s]", flush=True)
-        bench.save()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:             # compilers find nothing of an earlier run
+        os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = f"{empty}/inductor", f"{empty}/triton"
+        for name in args.only or SECTIONS:
+            start = time.perf_counter()
+            bench.out["sections"][name] = bench.attempt(getattr(bench, name))
+            if "failed" in bench.out["sections"][name]:
+                print(f"section {name} failed: {bench.out['sections'][name]['failed']}")
+            print(f"[{name}: {time.perf_counter() - start:.0f} s]", flush=True)
+            bench.save()
     return bench.out
 
 

@@ -1,6 +1,7 @@
 """What every section of experiments/bench.py uses: the clock, the device's own ceilings, models and full windows of noise, tables, JSON."""
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from attention import Dense
-from cache import FullWindow
+import fused
+from attention import Dense, route_counts
+from compiled import FullWindow
 from mla_video import PRESETS, VideoDiT
 from rope3d import rotate
 from sample import provenance
@@ -24,7 +26,25 @@ def graphs() -> tuple[int, int]:
 
 
 def cell(row: dict | None) -> str:
-    return "" if row is None else f"{row['ms']:.4f}" if row.get("ms", 99) < 10 else f"{row['ms']:.2f}" if "ms" in row else row["failed"].split(":")[0]
+    if row is None or "ms" not in row:
+        return "" if row is None else row["failed"].split(":")[0]
+    return f"{row['ms']:.4f}" if row["ms"] < 10 else f"{row['ms']:.2f}"
+
+
+def fit(out: dict) -> fused.Gpu:
+    """The constants of `fused.Gpu` from the section `attention` of a results file: every row is one linear equation, counts times
+    constants = measured seconds, and all of them are solved for the least squares of the *relative* errors."""
+    c, gpu, equations = PRESETS["wan1.3b"], fused.Gpu(), []
+    for point in out["sections"]["attention"]["points"]:
+        L, T, ms = point["L"], point["T"], {name: row["ms"] for name, row in point["timing"].items() if "ms" in row}
+        sizes = 1, L, T, c.heads, c.dim // c.heads - c.rope, c.rope, c.dim // c.heads, c.latent
+        counts = {route: route_counts(route, *sizes, gpu) for route in ("reference", "materialised", "absorbed")} | {
+            "dense cuDNN, K V ready": (1, fused.waves(L, c.heads, gpu.sms) * T, 0, 0, 0, 0),
+            "fused, kernel only": fused.form_counts(0, *sizes, gpu.sms), "fused, cuDNN only": fused.form_counts(L, *sizes, gpu.sms)}
+        equations += [[1e3 * n / ms[name] for n in count] for name, count in counts.items() if name in ms]
+    A = torch.tensor(equations, dtype=torch.float64)
+    size = A.amax(0)                                       # columns differ by twenty orders of magnitude
+    return fused.Gpu(gpu.sms, *(torch.linalg.lstsq(A / size, torch.ones(len(A), 1, dtype=A.dtype)).solution[:, 0] / size).tolist())
 
 
 class StoredRotated(Dense):
@@ -48,11 +68,11 @@ class Measure:
         self.config = small if self.quick else PRESETS["wan1.3b"]
         if args.layers:
             self.config = replace(self.config, layers=args.layers)
-        self.out = provenance(torch.device(self.device)) | {
-            "command": " ".join(["python -m experiments.bench", *args.argv]), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+        self.out = provenance(torch.device(self.device))
+        self.out |= {"commit": os.environ.get("COMMIT", self.out["commit"]),           # a copied tree may lie inside another repository
+            "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
             "triton": getattr(sys.modules.get("triton"), "__version__", None), "dtype": str(self.dtype)[6:],
             "cudnn": torch.backends.cudnn.version() if self.gpu else None, "sections": {}}
-        self.out["commit"] = args.commit or self.out["commit"]
 
     # ---- measuring --------------------------------------------------------------------------------------------------
 
@@ -75,7 +95,7 @@ class Measure:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls * rounds:
-                keep = call()  # noqa: F841
+                call()
         warm, times = time.perf_counter() - start, []
         for i in range(replays + 2):
             a.record(); graph.replay(); b.record(); b.synchronize()

@@ -3,9 +3,9 @@
     python -m experiments.quality                      trains what is missing in --runs, judges, writes results/quality.*
     python -m experiments.quality --redraw             the picture and the table again, from the JSON
 
-For each attention and seed there is a folder of `train.py --stage all`. Every stage that can stream makes --rollouts videos of --frames frames
-(960 = one minute at 16 frames a second, 80 times a training clip) for captions it has not seen, and each stretch of 12 frames is judged by
-itself, beside true clips judged by the same functions:
+For each attention and seed there is a folder of `train.py --stage all`. Every stage that can stream makes --rollouts videos of --frames
+frames (960 = one minute at 16 frames a second, 80 times a training clip) for captions of clips it has not seen, and each stretch of 12
+frames is judged by itself, beside true clips judged by the same functions:
     alive, colour, shape, moving, survival    toy_data.survival_report of that stretch: shares of rollouts
     match      share of frames that show what the caption says, its speed word included
     speed      mean speed, over that of true clips of the same captions; 1 is right, 0 is frozen
@@ -38,8 +38,9 @@ def judge(video, captions, truth) -> dict[str, float]:
     nan = float("nan")
     found = {**survival_report(video, captions), "match": caption_match(video, captions).float().mean().item()}
     found["speed"] = (pace.mean() / true_pace[there].mean()).item() if there.any() else nan
-    quantiles = torch.linspace(0, 1, 101, device=video.device)
-    found["speeds"] = (pace.quantile(quantiles) - true_pace[there].quantile(quantiles)).abs().mean().div(true_pace.mean()).item() if there.any() else nan
+    levels = torch.linspace(0, 1, 101, device=video.device)
+    apart = (pace.quantile(levels) - true_pace[there].quantile(levels)).abs().mean() if there.any() else torch.tensor(nan)
+    found["speeds"] = (apart / true_pace.mean()).item()
     found["residual"] = (motion_residual(video).nanmean() / motion_residual(truth).nanmean()).item()
     return {name: round(value, 4) for name, value in found.items()}
 
@@ -120,8 +121,8 @@ def judge_run(args, attention: str, seed: int, device, path: Path) -> dict:
     folder = Path(args.runs) / f"{attention}_{seed}"
     if not (folder / "report_dmd.json").exists():
         steps = [f"--steps={args.steps}"] if args.steps else []
-        train.main(["--stage=all", f"--attention={attention}", f"--seed={seed}", f"--out={folder}", "--evaluate=0", f"--device={args.device}", *steps]
-                   + ["--resume"] * (folder / "train.pt").exists())
+        train.main(["--stage=all", f"--attention={attention}", f"--seed={seed}", f"--out={folder}", "--evaluate=0", f"--device={args.device}",
+                    *steps, *["--resume"] * (folder / "train.pt").exists()])
     truth, captions = make_world("shapes", frames=STRETCH, seed=10_000 + seed).batch(range(args.rollouts))
     found = {"attention": attention, "seed": seed, "stages": {}, "training_seconds": {
         stage: json.loads((folder / f"report_{stage}.json").read_text())["training_seconds"] for stage in train.STAGES}}

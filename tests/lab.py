@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracles import axis_split
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("rope3d", "cache", "attention", "mla_video", "checkpoint", "sample", "objectives", "trainer", "train")
+FILES = ("rope3d", "cache", "attention", "mla_video", "checkpoint", "compiled", "sample", "objectives", "trainer", "train")
 CPU_ROUTES = ("reference", "materialised", "absorbed")     # routes that refuse the CPU have tests of their own
 
 # float64 rounds at 1.1e-16; sums of some hundred products through a few layers stay below 1e-13 here, whereas the mildest of the

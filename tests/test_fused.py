@@ -27,21 +27,25 @@ import fused  # noqa: E402  (in a child, TRITON_INTERPRET was set or unset befor
 few = lambda n: settings(max_examples=n, deadline=None, derandomize=True, database=None)
 
 
-def reference(q_lat, q_rope, c_kv, k_rope, cos, sin, scale):
-    """Equations (1) and (2) of fused.py in float64, with nothing clever."""
-    q_lat, q_rope, c_kv, k_rope, cos, sin = (x.double() for x in (q_lat, q_rope, c_kv, k_rope, cos, sin))
-    a, b = k_rope[..., 0::2], k_rope[..., 1::2]
-    keys = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-    s = scale * (torch.einsum("blhc,btc->blht", q_lat, c_kv) + torch.einsum("blhr,btr->blht", q_rope, keys))
-    return torch.einsum("blht,btc->blhc", s.softmax(-1), c_kv), s.abs().max().item()
+def reference(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, scale):
+    """Equations (0), (1) and (2) of fused.py in float64, with nothing clever."""
+    q_nope, q_rope, c_kv, k_rope, W_UK = (x.double() for x in (q_nope, q_rope, c_kv, k_rope, W_UK))
+
+    def turn(x, cos, sin):
+        a, b, cos, sin = x[..., 0::2], x[..., 1::2], cos.double(), sin.double()
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    q_lat = torch.einsum("blhn,hnc->blhc", q_nope, W_UK)
+    position = torch.einsum("blhr,btr->blht", turn(q_rope, q_cos[:, None], q_sin[:, None]), turn(k_rope, k_cos, k_sin))
+    s = scale * (torch.einsum("blhc,btc->blht", q_lat, c_kv) + position)
+    return torch.einsum("blht,btc->bhlc", s.softmax(-1), c_kv), s.abs().max().item()
 
 
-def inputs(B, L, H, T, C, R, seed=0, dtype=torch.float32):
+def inputs(B, L, H, T, C, R, N=24, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.randn(*shape, generator=g)
-    angle = 10 * rand(T, R // 2)
-    tensors = (x.to(dtype) for x in (rand(B, L, H, C), rand(B, L, H, R), rand(B, T, C), rand(B, T, R)))
-    return *tensors, angle.cos(), angle.sin(), (C + R) ** -0.5
+    rand = lambda *shape, std=1.0: std * torch.randn(*shape, generator=g)
+    q_angle, k_angle = 10 * rand(L, R // 2), 10 * rand(T, R // 2)
+    tensors = (x.to(dtype) for x in (rand(B, L, H, N), rand(B, L, H, R), rand(B, T, C), rand(B, T, R), rand(H, N, C, std=max(N, 1)**-0.5)))
+    return *tensors, q_angle.cos(), q_angle.sin(), k_angle.cos(), k_angle.sin(), (C + R) ** -0.5
 
 
 def assert_close(out, args):
@@ -55,19 +59,20 @@ def assert_close(out, args):
 # --- what the kernel computes (child process, TRITON_INTERPRET=1) ------------------------------------------------------------------
 
 def check_any_size():
-    """Sizes that divide nothing: channels beyond a power of two, a ragged last tile, splits of unequal length, both rotation places."""
+    """Sizes that divide nothing: channels beyond a power of two, a ragged last tile, splits of unequal length, a head with no content."""
     @few(14)
     @given(st.integers(1, 2), st.integers(1, 5), st.integers(1, 4), st.integers(1, 150), st.integers(1, 16), st.integers(1, 8),
-           st.sampled_from([(16, 16), (32, 64), (64, 32)]), st.booleans(), st.sampled_from([None, 1, 2, 3, 7, 128]), st.integers(0, 99))
-    def agrees(B, L, H, T, c, r, block, rotate, splits, seed):
-        args = inputs(B, L, H, T, 16 * c, 8 * r, seed)
-        assert_close(fused._launch(*args, tile=fused.Tile(*block, 4, 2, 1, rotate), splits=splits), args)
+           st.integers(0, 40), st.sampled_from([(16, 16), (32, 64), (64, 32)]), st.sampled_from([None, 1, 2, 3, 7, 128]),
+           st.integers(0, 99))
+    def agrees(B, L, H, T, c, r, N, block, splits, seed):
+        args = inputs(B, L, H, T, 16 * c, 8 * r, N, seed)
+        assert_close(fused._launch(*args, tile=fused.Tile(*block, 4, 2, 1), splits=splits), args)
     agrees()
 
 
 def check_paper_and_toy_widths():
-    for C, R, T in [(192, 32, 200), (16, 8, 65), (192, 32, 1), (256, 64, 64)]:
-        args = inputs(2, 7, 12, T, C, R)
+    for C, R, N, L, T in [(192, 32, 96, 7, 200), (16, 8, 24, 70, 65), (192, 32, 96, 7, 1), (256, 64, 64, 7, 64)]:
+        args = inputs(2, L, 12, T, C, R, N)
         assert_close(fused.latent_attention(*args), args)
         assert_close(fused._launch(*args, tile=fused.choose_tile(C, R, 2, (9, 0)), splits=2), args)     # the tile bfloat16 would get
 
@@ -75,13 +80,13 @@ def check_paper_and_toy_widths():
 def check_strided_inputs_and_poison():
     """A cache is a slice of a bigger buffer: what lies beyond the slice is NaN here and must not be touched, aligned or not."""
     for pad in (16, 3):                                                       # 3 floats: rows are not on 16 bytes, a copy is made
-        q_lat, q_rope, c_kv, k_rope, cos, sin, scale = inputs(2, 3, 4, 75, 32, 8)
+        q_nope, q_rope, c_kv, k_rope, W_UK, *tables, scale = inputs(2, 3, 4, 75, 32, 8)
         c_big, k_big = torch.full((2, 90, 32 + pad), math.nan), torch.full((2, 90, 8 + pad), math.nan)
         c_big[:, :75, :32], k_big[:, :75, :8] = c_kv, k_rope
-        q_view = q_lat.transpose(1, 2).contiguous().transpose(1, 2)           # [B, L, H, C] stored as [B, H, L, C]
+        q_view = q_nope.transpose(1, 2).contiguous().transpose(1, 2)          # [B, L, H, N] stored as [B, H, L, N]
         shared = c_kv[:1].expand(2, -1, -1)                                   # stride 0 over the batch
         for c in (c_big[:, :75, :32], shared):
-            args = (q_view, q_rope, c, k_big[:, :75, :8], cos.t().contiguous().t(), sin, scale)
+            args = (q_view, q_rope, c, k_big[:, :75, :8], W_UK, tables[0].t().contiguous().t(), *tables[1:], scale)
             out = fused.latent_attention(*args)
             assert out.is_contiguous()
             assert_close(out, args)
@@ -93,9 +98,9 @@ def check_huge_and_tiny_scores():
         *rest, scale = inputs(1, 4, 2, 130, 32, 16)
         for splits in (1, 4):
             assert_close(fused._launch(*rest, scale * factor, tile=fused.Tile(16, 16, 4, 1, 1), splits=splits), (*rest, scale * factor))
-    q_lat, q_rope, c_kv, k_rope, cos, sin, scale = inputs(1, 4, 2, 130, 32, 16)
+    q_nope, q_rope, c_kv, *rest = inputs(1, 4, 2, 130, 32, 16)
     for slope in (1.0, -1.0):
-        ramp = (q_lat.abs(), q_rope, c_kv.abs() * torch.linspace(0, 30, 130)[:, None] * slope, k_rope, cos, sin, scale)
+        ramp = (q_nope.abs(), q_rope, c_kv.abs() * torch.linspace(0, 30, 130)[:, None] * slope, *rest)
         assert_close(fused._launch(*ramp, tile=fused.Tile(16, 16, 4, 1, 1), splits=3), ramp)
 
 
@@ -118,43 +123,45 @@ def check_op_composes():
     torch.library.opcheck(fused.latent_attention, args, test_utils=("test_schema", "test_faketensor"))
     step = torch.compile(lambda q, *rest: 2 * fused.latent_attention(q + 0, *rest), fullgraph=True, backend="aot_eager")
     assert_close(step(*args) / 2, args)
-    assert fused.latent_attention(args[0][:, :0], args[1][:, :0], *args[2:]).shape == (2, 0, 2, 16)
+    none = (args[0][:, :0], args[1][:, :0], *args[2:5], args[5][:0], args[6][:0], *args[7:])
+    assert fused.latent_attention(*none).shape == (2, 2, 0, 16)
 
 
 def check_refusals():
-    q, qr, c, k, cos, sin, scale = inputs(1, 2, 2, 8, 16, 8)
+    names = "q_nope q_rope c_kv k_rope W_UK q_cos q_sin k_cos k_sin scale".split()
+    good = dict(zip(names, inputs(1, 2, 2, 8, 16, 8)))
 
-    def refused(error, *words, args):
+    def refused(error, *words, **bad):
         with pytest.raises(error) as caught:
-            fused.latent_attention(*args)
+            fused.latent_attention(*(good | bad).values())
         assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
 
-    refused(RuntimeError, "inference only", "no_grad", args=(q.clone().requires_grad_(), qr, c, k, cos, sin, scale))
-    refused(TypeError, "share one of", args=(q, qr, c.half(), k, cos, sin, scale))
-    refused(TypeError, "interpreter", "float32", args=(*(x.bfloat16() for x in (q, qr, c, k)), cos, sin, scale))
-    refused(TypeError, "cos and sin", args=(q, qr, c, k, cos.double(), sin, scale))
-    refused(ValueError, "c_kv", args=(q, qr, c[:, 1:], k, cos, sin, scale))
-    refused(ValueError, "cos", args=(q, qr, c, k, cos[:, 1:], sin, scale))
-    refused(ValueError, "multiple of 16", args=(q[..., :8], qr, c[..., :8], k, cos, sin, scale))
-    refused(ValueError, "q_lat [B, L, H, C]", args=(q[0], qr, c, k, cos, sin, scale))
+    refused(RuntimeError, "inference only", "no_grad", q_nope=good["q_nope"].clone().requires_grad_())
+    refused(TypeError, "share one of", c_kv=good["c_kv"].half())
+    refused(TypeError, "interpreter", "float32", **{name: good[name].bfloat16() for name in names[:5]})
+    refused(TypeError, "cos and sin", k_cos=good["k_cos"].double())
+    refused(ValueError, "c_kv", c_kv=good["c_kv"][:, 1:])
+    refused(ValueError, "q_cos", q_cos=good["q_cos"][:, 1:])
+    refused(ValueError, "W_UK must be", W_UK=good["W_UK"][1:])
+    refused(ValueError, "multiple of 16", c_kv=good["c_kv"][..., :8], W_UK=good["W_UK"][..., :8])
+    refused(ValueError, "q_nope [B, L, H, N]", q_nope=good["q_nope"][0])
     for bad in (0.0, -1.0, math.nan, math.inf):
-        refused(ValueError, "scale", args=(q, qr, c, k, cos, sin, bad))
+        refused(ValueError, "scale", scale=bad)
 
 
 # --- what the kernel becomes (child process, no interpreter, no GPU) ---------------------------------------------------------------
 
-# name -> C, R, L, H, dtype, option fields of Tile. T = 32760 is the paper's window (21 latent frames of 1560), not a multiple of 64.
+# name -> (C, R, N), L, H, dtype, option fields of Tile. T = 32760 is the paper's window (21 latent frames of 1560), not a multiple of 64.
 GEOMETRIES = {
-    "paper": (192, 32, 64, 12, torch.bfloat16, {}),
-    "paper, keys rotated inside": (192, 32, 64, 12, torch.bfloat16, {"rotate": True, "stages": 2}),
-    "paper, dependent launch": (192, 32, 64, 12, torch.bfloat16, {"pdl": True}),      # on sm_90 that is what ships
-    "paper, plain launch": (192, 32, 64, 12, torch.bfloat16, {"pdl": False}),
-    "widest": (256, 64, 64, 12, torch.float16, {}),
-    "toy": (16, 8, 16, 4, torch.bfloat16, {}),
-    "toy, float32": (16, 8, 16, 4, torch.float32, {}),
-    "paper, float32": (192, 32, 16, 12, torch.float32, {}),
+    "paper": ((192, 32, 96), 64, 12, torch.bfloat16, {}),
+    "paper, dependent launch": ((192, 32, 96), 64, 12, torch.bfloat16, {"pdl": True}),      # on sm_90 that is what ships
+    "paper, plain launch": ((192, 32, 96), 64, 12, torch.bfloat16, {"pdl": False}),
+    "widest": ((256, 64, 64), 64, 12, torch.float16, {}),
+    "toy": ((16, 8, 24), 16, 4, torch.bfloat16, {}),
+    "toy, float32": ((16, 8, 24), 16, 4, torch.float32, {}),
+    "paper, float32": ((192, 32, 96), 16, 12, torch.float32, {}),
 }
-KERNELS = {"_rotate_kernel", "_attend_kernel", "_merge_kernel"}
+KERNELS = {"_prepare_kernel", "_attend_kernel", "_merge_kernel"}
 SHARED_LIMIT = 232_448                                   # bytes one program may take, sm_90 and sm_100 alike
 SHARED_ON_SM, REGISTERS_ON_SM, RESERVED = 233_472, 65_536, 1024       # per multiprocessor; RESERVED bytes go with every program
 
@@ -173,13 +180,13 @@ def compiled(geometry, capability):
     triton.runtime.driver.set_active(SimpleNamespace(
         get_current_device=lambda: capability, get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", capability, 32)))
-    C, R, L, H, dtype, options = geometry
+    (C, R, N), L, H, dtype, options = geometry
     tile, found = fused.choose_tile(C, R, dtype.itemsize, (capability // 10, 0))._replace(**options), {}
     with pytest.MonkeyPatch.context() as patch:
         for name in KERNELS:
             patch.setattr(fused, name, Recorder(getattr(fused, name)))
-        fused._launch(*inputs(1, L, H, 32760, C, R, dtype=dtype), tile=tile, splits=22)
-    assert set(found) == KERNELS - ({"_rotate_kernel"} if tile.rotate else set())
+        fused._launch(*inputs(1, L, H, 32760, C, R, N, dtype=dtype), tile=tile, splits=22)
+    assert set(found) == KERNELS
     return tile, found
 
 
@@ -221,7 +228,7 @@ def check_compile(name, capability):
         if kernel_name == "_attend_kernel":
             assert tile.resident * (shared + RESERVED) <= SHARED_ON_SM and tile.resident * registers * threads <= REGISTERS_ON_SM
             assert longest_carried_chain(kernel.asm["ttir"]) == 1             # 0 would mean that the reader above sees nothing
-            if GEOMETRIES[name][4].itemsize == 2:
+            if GEOMETRIES[name][3].itemsize == 2:
                 assert {90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability] in kernel.asm["ptx"]
 
 
@@ -283,7 +290,7 @@ def test_imports_without_triton():
         import importlib.util as u, torch; find = u.find_spec
         u.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
         import fused; u.find_spec = find
-        ones = (torch.ones(s) for s in [(1, 1, 1, 16), (1, 1, 1, 8), (1, 1, 16), (1, 1, 8), (1, 4), (1, 4)])
+        ones = (torch.ones(s) for s in [(1, 1, 1, 8), (1, 1, 1, 8), (1, 1, 16), (1, 1, 8), (1, 8, 16)] + 4 * [(1, 4)])
         try: fused.latent_attention(*ones, 1.0)
         except RuntimeError as error: assert "needs Triton" in str(error) and "materialised" in str(error)
         else: raise SystemExit("no error")"""

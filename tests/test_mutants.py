@@ -34,7 +34,7 @@ class Mutant(NamedTuple):
     dies: object = AssertionError
 
 
-ROPE, CACHE, ATTENTION, MODEL, CHECKPOINT, SAMPLE, OBJECTIVES, TRAINER, TRAIN = (name + ".py" for name in FILES)
+ROPE, CACHE, ATTENTION, MODEL, CHECKPOINT, COMPILED, SAMPLE, OBJECTIVES, TRAINER, TRAIN = (name + ".py" for name in FILES)
 
 MUTANTS = [Mutant(*entry) for entry in (
     # ---- position ----
