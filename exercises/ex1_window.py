@@ -71,6 +71,7 @@ def test_a_frame_is_visible_if_the_cache_still_has_it(P, chunk, sink, ring, chun
                 f"chunk {chunk}, sink {sink}, window {sink + ring + chunk}: a query in frame {q // P} (chunk of frames {list(own)}) sees "
                 f"frames {extra} that the cache does not have, and misses {missing} that it has. "
                 + ("The future leaks: is a sink frame visible before it exists?" if any(f >= start + chunk for f in extra) else
+                   "A chunk sees all of itself, later tokens too." if set(missing) & set(own) else
                    "The window counts the sink and the chunk itself, and it is measured from the chunk's first frame."))
         cache.commit([tuple(torch.zeros(1, chunk * P, 1, dtype=torch.float64) for _ in range(2))])
 

@@ -29,7 +29,7 @@ from mla_video import PRESETS, Config, VideoDiT
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values [..., width] and a float32 scale [..., 1] for rows x [..., width]: x is nearly values * scale.
 
-    Symmetric: zero stays zero and the largest magnitude of a row becomes 127. A row of zeros comes back as zeros, not as NaN.
+    Symmetric: zero stays zero and the largest magnitude of a row becomes 127. A row of zeros has a scale of 1, by which one may divide.
     """
     raise NotImplementedError("exercise 4: `quantise`, a row in int8 and its scale")
 
@@ -40,7 +40,8 @@ def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Int8Cache(RollingCache):
-    """A `RollingCache` whose committed rows are int8. Buffers: content, position (int8), content's scale, position's scale (float32)."""
+    """A `RollingCache` whose committed rows are int8. Buffers: content, position (int8), content's scale, position's scale (float32). `dtype`
+    is there for the parent's signature and decides nothing."""
 
     def __init__(self, layers: int, batch: int, widths: tuple[int, int], *, device=None, dtype=torch.float32, **sizes):
         super().__init__(layers, batch, widths, device=device, dtype=torch.int8, **sizes)
@@ -74,15 +75,17 @@ def test_rounding_errs_by_half_a_step_at_most(shape, seed):
     for part, dtype, want in ((values, torch.int8, x.shape), (scale, torch.float32, (*shape[:2], 1))):
         assert part.dtype == dtype and part.shape == want, f"values int8, one float32 scale a row: {part.dtype} {list(part.shape)}"
     largest = values.int().abs().amax(dim=-1)
-    assert (largest == 127).all(), f"the largest magnitude of each row must become 127, not {largest.tolist()}: wasted, or overflown"
+    assert (largest == 127).all(), f"the largest magnitude of each row must become 127, not {largest.tolist()}: bits wasted, or overflow"
     within(dequantise(values, scale, x.dtype), x, "a row came back wrong")
 
 
 def test_zeros_stay_zeros():
     x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
-    back = dequantise(*quantise(x), torch.float64)
+    values, scale = quantise(x)
+    assert scale[0] == 1, f"a row of zeros has scale {scale[0].item()}: 0 / 0 is NaN, and what NaN is in int8 no one has defined"
+    back = dequantise(values, scale, torch.float64)
     assert back.dtype == torch.float64, f"dequantise was asked for float64 and gave {back.dtype}"
-    assert torch.allclose(back, x.double(), rtol=1e-6, atol=0), f"{x.tolist()} came back as {back.tolist()}. What is 0 / 0?"
+    assert torch.allclose(back, x.double(), rtol=1e-6, atol=0), f"{x.tolist()} came back as {back.tolist()}"
 
 
 @forall(chunk=st.integers(1, 3), sink=st.integers(0, 2), ring=st.integers(0, 4), P=st.integers(1, 2), chunks=st.integers(1, 5), seed=seeds)
