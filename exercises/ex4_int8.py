@@ -40,8 +40,8 @@ def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Int8Cache(RollingCache):
-    """A `RollingCache` whose committed rows are int8. Buffers: content, position (int8), content's scale, position's scale (float32). `dtype`
-    is there for the parent's signature and decides nothing."""
+    """A `RollingCache` whose committed rows are int8. Buffers: content, position (int8), content's scale, position's scale (float32).
+    `dtype` is there for the parent's signature and decides nothing."""
 
     def __init__(self, layers: int, batch: int, widths: tuple[int, int], *, device=None, dtype=torch.float32, **sizes):
         super().__init__(layers, batch, widths, device=device, dtype=torch.int8, **sizes)
