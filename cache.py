@@ -88,7 +88,7 @@ class RollingCache:
         """Store a clean chunk for good, all layers at once, and evict what falls out of the window.
 
         What is stored is detached: gradients stop at the chunk that is being made (released code leaks them
-        through this write; detach=False is the true context gradient, an exercise). While gradients are recorded
+        through this write; detach=False is the true context gradient). While gradients are recorded
         the buffer is replaced and not overwritten: `peek` copies, but a reader that keeps a view may await its backward pass.
         """
         now = self.seen + self.chunk

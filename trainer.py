@@ -52,8 +52,8 @@ class Recipe:
 # What differs from the recipe above, by stage and by machine. cd: its target must pass an answer down 48 levels, so its memory is short.
 DISTILL = {"cd": dict(lr_muon=6e-4, lr_adamw=3e-4, drop=0.0, ema=0.95), "dmd": dict(lr_muon=1e-4, lr_adamw=5e-5, critic=4.0, drop=0.0)}
 ON_CPU = {"score": dict(steps=1000), "tf": dict(steps=2000), "cd": dict(steps=300), "dmd": dict(steps=300)}
-ON_GPU = {"score": dict(steps=3000, batch=64, ema=0.998), "tf": dict(steps=5000, batch=64, ema=0.998), "cd": dict(steps=2000, batch=64),
-          "dmd": dict(steps=3000, batch=64)}
+ON_GPU = {"score": dict(steps=3000, batch=64, ema=0.998), "tf": dict(steps=4000, batch=64, ema=0.998), "cd": dict(steps=1500, batch=64),
+          "dmd": dict(steps=2000, batch=64)}
 
 
 def recipe_for(stage: str, device: torch.device, **given) -> Recipe:
