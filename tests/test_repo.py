@@ -109,6 +109,9 @@ def test_the_readmes_other_figures_are_the_measured_ones():
         f"MLA {rollout['mla']['frames_per_s']:.2f} latent frames/s, dense {rollout['dense']['frames_per_s']:.2f}",
         f"dense {batch['dense, in turns of 1 video']['videos']}; MLA {batch['mla, in turns of 1 video']['videos']}, tried on one layer only",
         *(f"| {table['training_seconds'] / 60:.1f} min | {100 * table['survival']['survival']:.0f} % |" for table in tables.values())]
+    for stage, found in results("stages_cpu.json")["stages"].items():
+        judged = found["survival"]
+        said.append(f"| {found['training_seconds'] / 60:.1f} min | " + (f"{100 * judged['survival']:.0f} % |" if judged else "- |"))
     text = " ".join(README.split())
     for phrase in said:
         assert phrase in text, f"the results say: {phrase!r}; the README does not"
