@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_hostile import good, play  # noqa: F401  (a fixture is used by its name)
+from test_hostile import good, play, zipped  # noqa: F401  (a fixture is used by its name)
 
 
 class Code:
@@ -26,16 +26,6 @@ class Code:
 class Attributes(OrderedDict):
     def __reduce__(self):
         return OrderedDict, (), {"values": 3, "items": 3}
-
-
-def zipped(content: dict, compression: int = zipfile.ZIP_STORED, edit=lambda name, data: data) -> bytes:
-    """torch.save, taken apart and put together again with right checksums: what a forger can do."""
-    plain, made = io.BytesIO(), io.BytesIO()
-    torch.save(content, plain)
-    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(made, "w", compression) as new:
-        for member in old.infolist():
-            new.writestr(member.filename, edit(member.filename, old.read(member)))
-    return made.getvalue()
 
 
 def forged(kind: str, good: bytes):
