@@ -187,6 +187,7 @@ def make_config(args) -> Config:
 
 
 def make_recipe(args, stage: str, device: torch.device) -> Recipe:
+    """`trainer.recipe_for` with what the command line sets, and its own value where it sets nothing."""
     given = {name: getattr(args, name) for name in ("steps", "batch") if getattr(args, name) is not None}
     return recipe_for(stage, device, seed=args.seed, **given)
 
