@@ -21,10 +21,12 @@ from torch.overrides import TorchFunctionMode
 
 
 def rank() -> int:
+    """Which process this is, 0 to N - 1; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """N, how many processes train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -41,7 +41,8 @@ STARTS = {"score": ("",), "tf": ("score", ""), "cd": ("tf",), "dmd": ("cd", "tf"
 
 def save(trainer: Trainer, out: Path) -> None:
     """Write train.pt; ValueError, and the file as it was, if the weights are not numbers any more."""
-    if not all(weight.isfinite().all() for weight in trainer.learner.weights):
+    learners = [trainer.learner, *([trainer.critic] if trainer.critic else [])]
+    if not all(weight.isfinite().all() for learner in learners for weight in learner.weights):
         raise ValueError(f"training diverged: the weights are not finite at step {trainer.step}; the last good checkpoint is kept in {out}")
     start, state = time.perf_counter(), trainer.state()
     if rank() == 0:
@@ -70,8 +71,8 @@ def between_steps():
 
 def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int = 250) -> list[dict]:
     """Run up to recipe.steps in all. Saves at once (what cannot be written is better known now), every `save_every` steps, at the end,
-    and on Ctrl-C or SIGTERM. With `curve`, judges 64 rollouts
-    every so many steps and returns what it found; trainer.seconds counts training alone."""
+    and on Ctrl-C or SIGTERM. With `curve`, judges 64 rollouts every so many steps and returns what it found; trainer.seconds counts
+    training alone. ValueError that names the loss that went first if training diverges; train.pt is then the last good one."""
     steps, stage, found = trainer.recipe.steps, trainer.recipe.stage, []
     bar = tqdm(total=steps, initial=trainer.step, desc=f"training {stage}", dynamic_ncols=True, disable=rank() > 0)
     if trainer.step == 0:
@@ -81,14 +82,15 @@ def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int = 250) ->
         for x0, caption in trainer.batches():
             trainer.update(x0, caption)
             bar.update()
-            if trainer.step % 10 == 0 or trainer.step == steps:        # reading losses waits for the GPU: not every step
+            saving = trainer.step % save_every == 0 or trainer.step == steps
+            if trainer.step % 10 == 0 or saving:           # reading losses waits for the GPU: not every step, but before each save
                 try:
                     trainer.read_losses()
                 except ValueError as error:
                     raise ValueError(f"{error}; the last good checkpoint is kept in {out}") from None
                 bar.set_postfix({name: f"{mean(value for _, value in values[-10:]):.4f}" for name, values in trainer.losses.items()})
             trainer.seconds = time.perf_counter() - start
-            if trainer.step % save_every == 0 or trainer.step == steps:
+            if saving:
                 save(trainer, out)
             if curve and trainer.step % curve == 0:
                 report = evaluate(trainer.ema, unseen_captions(64, trainer.recipe.seed), 120, trainer.recipe.seed, **SAMPLERS[stage])

@@ -287,6 +287,18 @@ def test_every_stage_moves_its_model_and_averages_it(code, stage):
     assert set(trainer.losses) == ({"generator", "critic"} if stage == "dmd" else {stage})
 
 
+def test_a_diverging_run_names_the_loss_that_went_first_and_keeps_its_checkpoint(code, tmp_path):
+    trainer = a_trainer(code, "dmd")
+    trainer.update(*trainer.batch(0))
+    code.train.save(trainer, tmp_path)
+    before = (tmp_path / "train.pt").read_bytes()
+    with torch.no_grad():
+        trainer.critic.model.head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the critic loss was the first to go, nan at step 1; the last good checkpoint is kept"):
+        code.train.train(trainer, tmp_path, save_every=2)
+    assert (tmp_path / "train.pt").read_bytes() == before, "a diverged state was saved over the last good one"
+
+
 @forall(rate=st.floats(0.01, 1.0), seed=st.integers(0, 100))
 def test_a_step_drawn_back_is_a_step_at_a_lower_rate(code, rate, seed):
     """Learner.step takes the optimisers' step at the peak rate and keeps `rate` of it."""

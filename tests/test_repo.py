@@ -112,11 +112,11 @@ def test_the_readmes_other_figures_are_the_measured_ones():
     for stage, found in results("stages_cpu.json")["stages"].items():
         judged = found["survival"]
         said.append(f"| {found['training_seconds'] / 60:.1f} min | " + (f"{100 * judged['survival']:.0f} % |" if judged else "- |"))
-    minute = results("quality_cpu.json")["runs"][0]["stages"]
+    minute, clock = (results(name)["runs"][0]["stages"] for name in ("quality_cpu.json", "quality_clock_cpu.json"))
     for stage in ("cd", "dmd"):
         late = {name: sum(points[-10:]) / 10 for name, points in minute[stage]["curves"].items()}
         said.append(f"| `{stage}`, 4 passes | {100 * late['survival']:.0f} % | {100 * late['match']:.0f} % | {late['speed']:.2f} | "
-                    f"{late['residual']:.1f} | {1000 * minute[stage]['seconds_per_chunk']:.0f} |")
+                    f"{late['residual']:.1f} | {1000 * clock[stage]['seconds_per_chunk']:.0f} |")
     text = " ".join(README.split())
     for phrase in said:
         assert phrase in text, f"the results say: {phrase!r}; the README does not"
