@@ -83,7 +83,7 @@ def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int = 250) ->
             trainer.update(x0, caption)
             bar.update()
             saving = trainer.step % save_every == 0 or trainer.step == steps
-            if trainer.step % 10 == 0 or saving:           # reading losses waits for the GPU: not every step, but before each save
+            if trainer.step % 10 == 0 or trainer.step == steps:        # reading losses waits for the GPU: not every step
                 try:
                     trainer.read_losses()
                 except ValueError as error:
