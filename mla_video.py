@@ -27,7 +27,7 @@ class Config:
 
     attention: str = "mla"                                 # or "dense"
     dim: int = 128                                         # E
-    layers: int = 4
+    layers: int = 5
     heads: int = 4                                         # H
     latent: int = 16                                       # C
     query_latent: int = 64                                 # Q
@@ -44,6 +44,7 @@ class Config:
     window: int = 12                                       # visible frames: sink and the chunk itself included
     sink: int = 0
     norm: bool = True                                      # RMSNorm on the latents
+    place: bool = True                                     # a learned vector for each place in the frame (Wan has none)
 
     def __post_init__(self):
         def need(ok: bool, message: str):
@@ -51,11 +52,12 @@ class Config:
                 raise ValueError(message)
 
         for name, value in asdict(self).items():
-            if name not in ("attention", "norm", "sink"):
+            if name not in ("attention", "norm", "place", "sink"):
                 top = 1024 if name == "layers" else 2**20      # sizes come from files and flags: refuse before anything is allocated
                 need(type(value) is int and 0 < value <= top, f"{name} must be a positive integer up to {top}, got {str(value)[:40]}")
         need(self.attention in ("mla", "dense"), f"attention must be 'mla' or 'dense', got {str(self.attention)[:40]!r}")
-        need(self.norm in (True, False), f"norm must be True or False, got {str(self.norm)[:40]!r}")
+        for name in ("norm", "place"):
+            need(getattr(self, name) in (True, False), f"{name} must be True or False, got {str(getattr(self, name))[:40]!r}")
         need(self.dim % self.heads == 0, f"{self.heads} heads do not divide a width of {self.dim}")
         need(self.height % self.patch == 0 and self.width % self.patch == 0,
              f"patches of {self.patch} do not divide {self.height} x {self.width} pixels; give a size that is a multiple")
@@ -87,7 +89,7 @@ PRESETS = {
     "small": Config(dim=384, layers=8, heads=6, latent=48, query_latent=192, rope=16, ffn=1536, height=32, width=32),
     # Wan2.1-T2V-1.3B with the paper's latent sizes: 832 x 480 video, 8x in the VAE, patch 2, so 30 x 52 tokens a frame.
     "wan1.3b": Config(dim=1536, layers=30, heads=12, latent=192, query_latent=768, rope=32, ffn=8960, channels=16, height=60,
-                      width=104, patch=2, words=1024, slots=512, frames=21, window=21, sink=1),
+                      width=104, patch=2, words=1024, slots=512, frames=21, window=21, sink=1, place=False),
 }
 
 
@@ -182,6 +184,9 @@ class VideoDiT(nn.Module):
         self.config, E = config, config.dim
         pixels = config.channels * config.patch**2
         self.embed = nn.Linear(pixels, E)
+        # RoPE tells a token how far others are, not where it stands: on black, no token could know the wall that it will bounce from. It
+        # says which row and column, never which frame, so what is cached still has no place in time.
+        self.place = nn.Parameter(torch.zeros(config.tokens, E)) if config.place else None
         self.words = nn.Embedding(config.words, E)
         self.time = nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))
         self.level = nn.Sequential(nn.SiLU(), nn.Linear(E, 6 * E))
@@ -258,7 +263,7 @@ class VideoDiT(nn.Module):
             raise ValueError(f"the model takes frames of {c.channels} x {c.height} x {c.width}, got {tuple(x.shape[2:])}")
         grid = c.height // c.patch, c.width // c.patch
         x = rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=c.patch, q=c.patch)
-        x = self.embed(x)                                                              # [B, F, P, E]
+        x = self.embed(x) if self.place is None else self.embed(x) + self.place        # [B, F, P, E]
         rope = self.blocks[0].attention.rope
         q_table = rope.table(grid_coords(q_frames, *grid), x.dtype)
         k_table = q_table if k_frames is q_frames else rope.table(grid_coords(k_frames, *grid), x.dtype)

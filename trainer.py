@@ -51,9 +51,9 @@ class Recipe:
 
 # What differs from the recipe above, by stage and by machine. cd: its target must pass an answer down 48 levels, so its memory is short.
 DISTILL = {"cd": dict(lr_muon=6e-4, lr_adamw=3e-4, drop=0.0, ema=0.95), "dmd": dict(lr_muon=1e-4, lr_adamw=5e-5, critic=4.0, drop=0.0)}
-ON_CPU = {"score": dict(steps=1000), "tf": dict(steps=2000), "cd": dict(steps=300), "dmd": dict(steps=300)}
-ON_GPU = {"score": dict(steps=3000, batch=64, ema=0.998), "tf": dict(steps=4000, batch=64, ema=0.998), "cd": dict(steps=1500, batch=64),
-          "dmd": dict(steps=2000, batch=64)}
+ON_CPU = {"score": dict(steps=1000), "tf": dict(steps=1600), "cd": dict(steps=300), "dmd": dict(steps=300)}
+ON_GPU = {"score": dict(steps=8000, batch=64, lr_muon=4.5e-3, ema=0.998), "tf": dict(steps=12_000, batch=64, lr_muon=4.5e-3, ema=0.998),
+          "cd": dict(steps=2000, batch=64), "dmd": dict(steps=1500, batch=64)}
 
 
 def recipe_for(stage: str, device: torch.device, **given) -> Recipe:
@@ -70,17 +70,33 @@ def blend(into: list[Tensor], other: list[Tensor], share: Tensor) -> None:
     torch._foreach_add_(into, difference)
 
 
+def side_by_side(actions: list) -> None:
+    """Do them all; on a GPU each on a stream of its own, since the small products of one fill a hundredth of it."""
+    if not torch.cuda.is_initialized():
+        for action in actions:
+            action()
+        return
+    here, streams = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in actions]
+    for action, stream in zip(actions, streams):
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            action()
+    for stream in streams:
+        here.wait_stream(stream)
+
+
 class Learner:
-    """A network and its optimisers. A step is taken at the peak rate and then drawn back to `rate` of its length: both rules move
-    weights in proportion to their rate, and this way no number changes inside a recorded graph."""
+    """A network and its optimisers, a Muon for each block and an AdamW for the rest. A step is taken at the peak rate and then drawn back
+    to `rate` of its length: both rules move weights in proportion to their rate, and this way no number changes inside a recorded graph."""
 
     def __init__(self, model: VideoDiT, recipe: Recipe, times: float = 1.0):
         self.model, self.clip, self.weights = model, recipe.clip, list(model.parameters())
-        matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and min(p.shape) > 6]  # 6: a block's modulation
-        chosen = {id(p) for p in matrices}
+        blocks = [[p for p in block.parameters() if p.dim() == 2 and min(p.shape) > 6] for block in model.blocks]     # 6: its modulation
+        chosen = {id(p) for matrices in blocks for p in matrices}
         others = [p for p in self.weights if id(p) not in chosen]
+        muon = dict(lr=times * recipe.lr_muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         self.optimisers = [
-            torch.optim.Muon(matrices, lr=times * recipe.lr_muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            *(torch.optim.Muon(matrices, **muon) for matrices in blocks),
             torch.optim.AdamW(others, lr=times * recipe.lr_adamw, betas=(0.9, 0.95), weight_decay=0.0, capturable=others[0].is_cuda)]
 
     def step(self, loss: Tensor, rate: Tensor) -> Tensor:
@@ -89,9 +105,9 @@ class Learner:
             loss = mean_over_processes(loss, self.weights)
         torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
         before = [weight.detach().clone() for weight in self.weights]
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        side_by_side([optimiser.step for optimiser in self.optimisers])
+        for weight in self.weights:
+            weight.grad = None
         with torch.no_grad():
             blend(self.weights, before, 1 - rate)
         return loss.detach()
@@ -148,6 +164,14 @@ class Recorded:
         return tuple(part.clone() for part in self.result)
 
 
+def compiled(model: VideoDiT, backend: str = "inductor") -> VideoDiT:
+    """The same weights, with blocks that torch.compile fuses, for the passes over whole clips: all blocks share one graph. Rollouts take
+    the model itself: their shapes grow from chunk to chunk."""
+    twin = copy.copy(model)
+    twin._modules = model._modules | {"blocks": [torch.compile(block, dynamic=False, backend=backend) for block in model.blocks]}
+    return twin
+
+
 class Steps(Dataset):
     """Batches by the number of their step. (Holds no trainer: worker processes must not inherit a GPU.)"""
 
@@ -169,10 +193,11 @@ class Trainer:
     dropped, where a rollout ends) is a function of (seed, s), so going on from a checkpoint needs no generator state.
 
     `model` is trained, `ema` its moving average, what the stage ends with. cd: the frozen teacher is the model as it was given, the target
-    is `ema`. dmd: `score` is the frozen real score, and the critic starts as its copy.
+    is `ema`. dmd: `score` is the frozen real score, and the critic starts as its copy. `compile` names a torch.compile backend.
     """
 
-    def __init__(self, model: VideoDiT, recipe: Recipe, world, device: torch.device, score: VideoDiT | None = None, sharded: bool = False):
+    def __init__(self, model: VideoDiT, recipe: Recipe, world, device: torch.device, score: VideoDiT | None = None, sharded: bool = False,
+                 compile: str | None = None):
         self.model, self.recipe, self.world, self.device = model.to(device).train(), recipe, world, device
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if recipe.stage == "cd":
@@ -190,6 +215,14 @@ class Trainer:
         self.losses, self.recent = defaultdict(list), []   # every tenth, as numbers; those since, still on the device
         self.generator = torch.Generator(device)
         self.videos, self.age = None, 0                    # dmd: captions and cache of the videos under way
+        # bfloat16 where the GPU has it, float32's range and no loss scale; weights, averages, losses, caches and sampling stay float32.
+        # The cache of cast weights is off: filled in a pass without gradients, it would cut off those of a later pass with them.
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.precision = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+        fast = (lambda network: compiled(network, compile)) if compile else (lambda network: network)
+        self.on_clips = {name: fast(network) for name, network in (
+            ("model", self.model), ("ema", self.ema), ("teacher", getattr(self, "teacher", None)), ("score", getattr(self, "score", None)),
+            ("critic", self.critic and self.critic.model)) if network is not None}     # as the losses call them, on whole clips
         self.recorded, self.pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def rate(self) -> float:
@@ -231,7 +264,7 @@ class Trainer:
     def _run(self, key, function, *inputs: Tensor) -> tuple[Tensor, ...]:
         if key not in self.recorded:
             self.recorded[key] = Recorded(function, self.generator, self.pool)
-        with OneStream() if world() > 1 else nullcontext():
+        with self.precision(), OneStream() if world() > 1 else nullcontext():
             return self.recorded[key](*inputs)
 
     def _self_forced(self, function, name: str, dice: random.Random, caption, *numbers) -> Tensor:
@@ -258,9 +291,9 @@ class Trainer:
     def _step(self, x0, caption, rate, fresh):
         r = self.recipe
         if r.stage == "cd":
-            loss = consistency_loss(self.model, self.ema, self.teacher, x0, caption, r, self.generator)
+            loss = consistency_loss(*(self.on_clips[name] for name in ("model", "ema", "teacher")), x0, caption, r, self.generator)
         else:
-            loss = (score_loss if r.stage == "score" else teacher_forcing_loss)(self.model, x0, caption, r, self.generator)[0]
+            loss = (score_loss if r.stage == "score" else teacher_forcing_loss)(self.on_clips["model"], x0, caption, r, self.generator)[0]
         return self._averaged(self.learner.step(loss, rate), fresh),
 
     def _averaged(self, loss, fresh):
@@ -270,12 +303,12 @@ class Trainer:
 
     def _generator_step(self, exit, rate, fresh, *start):
         video, caption, end = self._rollout(exit, True, *start)
-        gradient = dmd_gradient(video, caption, self.score, self.critic.model, self.recipe.guidance, self.generator)
+        gradient = dmd_gradient(video, caption, self.on_clips["score"], self.on_clips["critic"], self.recipe.guidance, self.generator)
         return self._averaged(self.learner.step(dmd_loss(video, gradient), rate), fresh), *end
 
     def _critic_step(self, exit, rate, *start):
         video, caption, end = self._rollout(exit, False, *start)
-        return self.critic.step(critic_loss(self.critic.model, video, caption, self.generator), rate), *end
+        return self.critic.step(critic_loss(self.on_clips["critic"], video, caption, self.generator), rate), *end
 
     # ---- going on, and stopping -----------------------------------------------------------------------------------
 

@@ -122,7 +122,7 @@ def judge_run(args, attention: str, seed: int, device, path: Path) -> dict:
     if not (folder / "report_dmd.json").exists():
         steps = [f"--steps={args.steps}"] if args.steps else []
         train.main(["--stage=all", f"--attention={attention}", f"--seed={seed}", f"--out={folder}", "--evaluate=0", f"--device={args.device}",
-                    *steps, *["--resume"] * (folder / "train.pt").exists()])
+                    *steps, *["--compile"] * (device.type == "cuda"), *["--resume"] * (folder / "train.pt").exists()])
     truth, captions = make_world("shapes", frames=STRETCH, seed=10_000 + seed).batch(range(args.rollouts))
     found = {"attention": attention, "seed": seed, "stages": {}, "training_seconds": {
         stage: json.loads((folder / f"report_{stage}.json").read_text())["training_seconds"] for stage in train.STAGES}}

@@ -93,8 +93,8 @@ def fit(model: VideoDiT, plan: Plan, optimiser: str, steps: int, world, seed: in
     trainer = Trainer(copy.deepcopy(model), recipe, world, device)
     if optimiser == "AdamW":                               # for the matrices, too; everything else has it anyway
         optimisers = trainer.learner.optimisers
-        optimisers[0] = torch.optim.AdamW(optimisers[0].param_groups[0]["params"], lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.01,
-                                          capturable=device.type == "cuda")
+        optimisers[:-1] = [torch.optim.AdamW(muon.param_groups[0]["params"], lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.01,
+                                             capturable=device.type == "cuda") for muon in optimisers[:-1]]
     due = {0, steps} | {m * 10**e for e in range(5) for m in (1, 2, 5)}
     curve = []
     for step in range(steps + 1):

@@ -18,7 +18,7 @@ from mla_video import PRESETS, VideoDiT
 from sample import add_noise, rollout, shift
 from toy_data import WORDS, make_world
 from objectives import teacher_forcing_loss
-from trainer import Recipe, Trainer
+from trainer import STAGES, Recipe, Trainer, recipe_for
 
 ROOT = Path(__file__).parent.parent
 SMALL = [f"--config={item}" for item in ("dim=32", "layers=2", "heads=2", "latent=8", "query_latent=16", "rope=6", "ffn=32")]
@@ -126,3 +126,23 @@ def test_other_data_trains_and_samples(tmp_path, data, attention):
     assert (tmp_path / "out" / "sample.gif").stat().st_size > 1000
     report = json.loads((tmp_path / "out" / "report_tf.json").read_text())
     assert {"command", "commit", "device", "versions", "survival", "training_seconds"} <= report.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_compiled_passes_train_alike(stage):
+    """`--compile` changes how a pass over whole clips is computed, not what: same losses, same weights. (By a backend without a compiler.)"""
+    def losses(backend):
+        torch.manual_seed(0)
+        model = VideoDiT(CONFIG)
+        torch.nn.init.normal_(model.head.weight, std=0.05)
+        trainer = Trainer(model, recipe_for(stage, torch.device("cpu"), steps=4, batch=4), make_world("shapes"), torch.device("cpu"), model,
+                          compile=backend)
+        for batch in trainer.batches():
+            trainer.update(*batch)
+        trainer.read_losses()
+        assert set(trainer.state()["ema"]) == set(model.state_dict()), "a checkpoint must not show how its weights were trained"
+        return [value for pairs in trainer.losses.values() for _, value in pairs], [p.detach() for p in trainer.model.parameters()]
+
+    (plain, weights), (fused, others) = losses(None), losses("aot_eager")
+    assert fused == pytest.approx(plain, rel=1e-4), f"{stage}: losses of compiled passes differ"
+    assert all((a - b).abs().max() < 1e-3 for a, b in zip(weights, others)), f"{stage}: compiled passes leave other weights"
