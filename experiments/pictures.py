@@ -1,9 +1,9 @@
 """The README's two pictures, by command.
 
-    python -m experiments.pictures hero --dense PATH      results/hero.gif: truth, dense and MLA side by side, cache bytes below
-    python -m experiments.pictures cache                  results/cache.png: what is cached per token, to scale
+    python -m experiments.pictures hero     results/hero.gif: truth, dense and MLA side by side, cache bytes below (and hero.json)
+    python -m experiments.pictures cache    results/cache.png: what is cached per token, to scale
 
-hero: both models get the first frames of true clips into their caches and go on from there, 40 times as long as the clips they were
+hero takes a dense model that had the training of checkpoints/toy.pt: python train.py --stage all --attention dense --out out/dense. Both models get the first frames of true clips into their caches and go on from there, 40 times as long as the clips they were
 trained on. The world is deterministic, so the truth of every frame is known. A model is not told a speed, only "slow" or "fast", and makes
 small errors: its subject may be elsewhere after a while, and still has to be the same subject. Bytes are read from the caches' buffers.
 """
@@ -24,10 +24,10 @@ from mla_video import PRESETS, VideoDiT
 from sample import PROMPTS, SAMPLERS, GifWriter, provenance, rollout, run, to_pixels
 from toy_data import centroid, decode_caption, make_world, survival_report
 
-# Hero: colours that GifWriter's palette has, so that nothing flickers.
+# Hero: colours that GifWriter's palette has, on an opaque dark card, which suits light and dark pages.
 BACK, INK, FAINT, DENSE, MLA = (42, 42, 64), (255, 255, 255), (170, 170, 191), (255, 128, 64), (85, 212, 128)
 ZOOM, GAP = 6, 6
-STRIDE, FPS = 2, 20
+STRIDE, FPS = 2, 20                                        # every other frame, at a speed one can follow
 
 
 # ---- hero -----------------------------------------------------------------------------------------------------------
@@ -57,11 +57,11 @@ def continued(path: Path, truth, captions, seed: int = 0):
                      **SAMPLERS[about.get("stage", "tf")])
     video = torch.cat([truth[:, :given], *chunks], dim=1)[:, :frames]
     held += [memory.filled * per_frame] * (frames - given)
-    return video, held, [per_frame * c.chunk * (i // c.chunk + 1) for i in range(frames)], given
+    return video, held, [per_frame * c.chunk * (i // c.chunk + 1) for i in range(frames)], given, about
 
 
 def grid(video) -> np.ndarray:
-    """uint8 [F, h, w, 3]: the four videos of a batch as two rows of two."""
+    """uint8 [F, h, w, 3]: the four videos of a batch as two rows of two, a grey line between."""
     top, bottom = to_pixels(video[:2], ZOOM), to_pixels(video[2:], ZOOM)
     return np.concatenate((top, np.full_like(top[:, :ZOOM], 128), bottom), axis=1)
 
@@ -97,11 +97,11 @@ def hero(args) -> None:
     truth, captions = true_clips(args.frames)
     videos, held, forever, report = {"truth": truth}, {}, {}, {}
     for name, path in (("dense", args.dense), ("MLA", args.mla)):
-        videos[name], held[name], forever[name], given = continued(Path(path), truth, captions, args.seed)
+        videos[name], held[name], forever[name], given, about = continued(Path(path), truth, captions, args.seed)
         away = (centroid(videos[name]) - centroid(truth)).norm(dim=-1) > 4             # a quarter of the frame
         apart = [int(row.int().argmax()) if row.any() else None for row in away]
-        report[name] = {"survival": survival_report(videos[name], captions), "apart_after": apart, "cache_bytes": held[name][-1],
-                        "unbounded_bytes": forever[name][-1], "checkpoint": digest(Path(path).read_bytes())}
+        report[name] = {"stage": about.get("stage", "tf"), "survival": survival_report(videos[name], captions), "apart_after": apart,
+                        "cache_bytes": held[name][-1], "unbounded_bytes": forever[name][-1], "checkpoint": digest(Path(path).read_bytes())}
     grids = {name: grid(video) for name, video in videos.items()}
     palette = GifWriter(args.out).palette                  # fixed: nothing flickers
     pictures = [panels(grids, held, forever, given, i).quantize(palette=palette, dither=Image.Dither.NONE)
@@ -110,8 +110,8 @@ def hero(args) -> None:
     # `optimize` keeps of each picture what differs from the one before: a quarter of the size.
     pictures[0].save(args.out, save_all=True, append_images=pictures[1:], duration=1000 // FPS, loop=0, optimize=True, disposal=1,
                      comment=f"drawn_by {stamp(report, panels, grid, continued, true_clips)}")
-    out = {**origin, "captions": [decode_caption(caption) for caption in captions], "frames": args.frames, "given": given, "shown_every": STRIDE,
-           "models": report}
+    out = {**origin, "captions": [decode_caption(caption) for caption in captions], "frames": args.frames, "given": given,
+           "shown_every": STRIDE, "models": report}
     args.out.with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
     print(f"wrote {args.out}, {args.out.stat().st_size / 1e6:.2f} MB; {json.dumps(report, indent=1)}")
 
@@ -173,7 +173,8 @@ def draw_cache(shape: dict, path: Path) -> None:
     say(left + (C + R) * unit, y + 70, f"k_rope: {R}", 20, ROPE, weight="bold", ha="right")
     saved = 1 - shape["bytes"]["mla"] / shape["bytes"]["dense"]
     say(left, y + 102, "content: no position,\nnever touched again", 19, LATENT)
-    say(left + (C + R) * unit, y + 102, "position: stored unrotated,\nturned when it is read, by its\nplace (t, y, x) in the window", 19, ROPE, ha="right")
+    say(left + (C + R) * unit, y + 102, "position: stored unrotated,\nturned when it is read, by its\nplace (t, y, x) in the window",
+        19, ROPE, ha="right")
     say(left, y + 214, f"{C + R} numbers, {shape['bytes']['mla']} bytes: {100 * saved:.1f} % less", 21, weight="bold")
 
     y += 274
