@@ -3,9 +3,10 @@
     python -m experiments.pictures hero     results/hero.gif: truth, dense and MLA side by side, cache bytes below (and hero.json)
     python -m experiments.pictures cache    results/cache.png: what is cached per token, to scale
 
-hero takes a dense model that had the training of checkpoints/toy.pt: python train.py --stage all --attention dense --out out/dense. Both models get the first frames of true clips into their caches and go on from there, 40 times as long as the clips they were
-trained on. The world is deterministic, so the truth of every frame is known. A model is not told a speed, only "slow" or "fast", and makes
-small errors: its subject may be elsewhere after a while, and still has to be the same subject. Bytes are read from the caches' buffers.
+hero wants a dense model that was trained as checkpoints/toy.pt was: `python train.py --stage all --attention dense --out out/dense`. Both get
+the first frames of true clips into their caches and go on from there, 40 times as long as the clips that they were trained on. The world is
+deterministic, so the truth of every frame is known. But a model is told "slow" or "fast" and not how fast, and makes small errors: after a
+while its subject is elsewhere, and still has to be the same subject. Bytes are read from the caches' buffers.
 """
 
 import argparse
@@ -41,22 +42,20 @@ def true_clips(frames: int, prompts=PROMPTS, seed: int = 10_000):
 
 @torch.no_grad()
 def continued(path: Path, truth, captions, seed: int = 0):
-    """(video as long as `truth`, cache bytes after each of its frames, bytes of all frames had none been evicted): the true frames
-    that the window holds beside a chunk, then what the model makes of them."""
+    """A video as long as `truth`: the frames that the window holds beside a chunk, then what the model makes of them. Returns it, the
+    bytes of one video's cache after each frame, those of a cache that evicts nothing, how many frames were given, facts about the model."""
     model, about = load_model(path)
     if about.get("stage", "tf") not in SAMPLERS or about.get("data") != "shapes":
         raise ValueError(f"{path} must be a model of the shapes world that can stream, as train.py's model.pt is")
     c, memory, frames = model.config, model.make_cache(len(truth)), truth.shape[1]
-    given, held, all_of_them = memory.slots // c.chunk * c.chunk, [], []
-    per_frame = memory.bytes_per_token * c.tokens * c.layers
+    given, per_frame, held = memory.slots // c.chunk * c.chunk, memory.bytes_per_token * c.tokens * c.layers, []
     for start in range(0, given, c.chunk):
         model.commit(truth[:, start:start + c.chunk], captions, memory)
         held += [memory.filled * per_frame] * c.chunk
-    assert held[-1] == memory.nbytes // len(truth), "a full cache is all of its buffers"
     chunks = rollout(model, captions, frames - given, memory=memory, generator=torch.Generator().manual_seed(seed),
                      **SAMPLERS[about.get("stage", "tf")])
     video = torch.cat([truth[:, :given], *chunks], dim=1)[:, :frames]
-    held += [memory.filled * per_frame] * (frames - given)
+    held += [memory.nbytes // len(truth)] * (frames - given)                           # full: all of its buffers
     return video, held, [per_frame * c.chunk * (i // c.chunk + 1) for i in range(frames)], given, about
 
 
@@ -107,9 +106,9 @@ def hero(args) -> None:
     pictures = [panels(grids, held, forever, given, i).quantize(palette=palette, dither=Image.Dither.NONE)
                 for i in range(0, args.frames, STRIDE)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    # `optimize` keeps of each picture what differs from the one before: a quarter of the size.
+    # `optimize` keeps of each picture what differs from the one before: half the size.
     pictures[0].save(args.out, save_all=True, append_images=pictures[1:], duration=1000 // FPS, loop=0, optimize=True, disposal=1,
-                     comment=f"drawn_by {stamp(report, panels, grid, continued, true_clips)}")
+                     comment=f"drawn_by {stamp(report, panels, text, grid, continued, true_clips)}")
     out = {**origin, "captions": [decode_caption(caption) for caption in captions], "frames": args.frames, "given": given,
            "shown_every": STRIDE, "models": report}
     args.out.with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
@@ -118,7 +117,7 @@ def hero(args) -> None:
 
 # ---- cache ----------------------------------------------------------------------------------------------------------
 
-KEY, VALUE, LATENT, ROPE, DARK, QUIET = "#e8a33d", "#f0cf94", "#2f8f5b", "#7a4fb5", "#1c1c22", "#55555f"
+KEY, VALUE, QUERY, LATENT, ROPE, DARK, QUIET = "#e8a33d", "#f0cf94", "#5b7fb8", "#2f8f5b", "#7a4fb5", "#1c1c22", "#55555f"
 
 
 def layout() -> dict:
@@ -142,9 +141,11 @@ def draw_cache(shape: dict, path: Path) -> None:
     axis.axis("off")
     left, unit, tall = 66, 3, 22
 
-    def bar(x, y, numbers, colour, words="", scale=unit, height=tall, ink="white", size=17):
-        axis.add_patch(pyplot.Rectangle((x, y), numbers * scale, height, facecolor=colour, edgecolor="#f7f6f2", linewidth=1.5))
-        axis.text(x + numbers * scale / 2, y + height / 2 + 1, words, color=ink, fontsize=size, ha="center", va="center")
+    def row(x, y, *parts, scale=unit, height=tall):
+        """A row of cached numbers: (how many, in which colour) ..."""
+        for numbers, colour in parts:
+            axis.add_patch(pyplot.Rectangle((x, y), numbers * scale, height, facecolor=colour, edgecolor="#f7f6f2", linewidth=1.5))
+            x += numbers * scale
 
     def say(x, y, words, size=20, colour=DARK, **how):
         axis.text(x, y, words, fontsize=size, color=colour, va="top", linespacing=1.3, **how)
@@ -155,8 +156,7 @@ def draw_cache(shape: dict, path: Path) -> None:
     say(left, 24, "One token in the cache of one layer", 27, weight="bold")
     say(left, 76, f"Dense: a key and a value for each of {H} heads", 21)
     for h in range(H):
-        bar(left, 116 + h * tall, d, KEY, "")
-        bar(left + d * unit, 116 + h * tall, d, VALUE, "")
+        row(left, 116 + h * tall, (d, KEY), (d, VALUE))
         if h in (0, H - 1):
             axis.text(left - 10, 127 + h * tall, h + 1, fontsize=17, color=QUIET, ha="right", va="center")
     for n, (name, colour) in enumerate((("key", KEY), ("value", VALUE))):
@@ -167,8 +167,7 @@ def draw_cache(shape: dict, path: Path) -> None:
 
     y += 66
     say(left, y, "MLA: what these are made of, once for all heads", 21)
-    bar(left, y + 42, C, LATENT)
-    bar(left + C * unit, y + 42, R, ROPE)
+    row(left, y + 42, (C, LATENT), (R, ROPE))
     say(left, y + 70, f"latent c_kv: {C}", 20, LATENT, weight="bold")
     say(left + (C + R) * unit, y + 70, f"k_rope: {R}", 20, ROPE, weight="bold", ha="right")
     saved = 1 - shape["bytes"]["mla"] / shape["bytes"]["dense"]
@@ -186,24 +185,18 @@ def draw_cache(shape: dict, path: Path) -> None:
                            (left + 410, "absorb", f"W_UK$^T$ lifts the queries;\nall heads attend the cache\nitself; W_UV comes last.\n"
                             f"Work per query: cheaper\nfor fewer than {shape['crossing']} queries\n(text decodes 1).")):
         say(x, y, name, 22, weight="bold")
-        at = y + 50
+        at, small, thin = y + 50, 0.68, 7.2
         if name == "materialise":
-            bar(x, at + 36, C, LATENT, scale=0.5, height=14)
-            bar(x + C / 2, at + 36, R, ROPE, scale=0.5, height=14)
-            arrow((x + 118, at + 43), (x + 152, at + 43))
+            row(x, at + 36, (C, LATENT), (R, ROPE), scale=small, height=14)
+            arrow((x + 158, at + 43), (x + 192, at + 43))
             for h in range(H):
-                bar(x + 160, at + h * 7.2, d - R, KEY, scale=0.7, height=7.2)
-                bar(x + 160 + 0.7 * (d - R), at + h * 7.2, R, ROPE, scale=0.7, height=7.2)
-                bar(x + 166 + 0.7 * d, at + h * 7.2, d, VALUE, scale=0.7, height=7.2)
+                row(x + 200, at + h * thin, (d - R, KEY), (R, ROPE), (d, VALUE), scale=small, height=thin)
         else:
             for h in range(H):
-                bar(x, at + h * 7.2, d - R, "#5b7fb8", scale=0.7, height=7.2)
-                bar(x + 0.7 * (d - R), at + h * 7.2, R, ROPE, scale=0.7, height=7.2)
-                bar(x + 140, at + h * 7.2, C, "#5b7fb8", scale=0.7, height=7.2)
-                bar(x + 140 + 0.7 * C, at + h * 7.2, R, ROPE, scale=0.7, height=7.2)
-            arrow((x + 98, at + 43), (x + 134, at + 43))
-            bar(x + 140, at + 92, C, LATENT, scale=0.7, height=14)
-            bar(x + 140 + 0.7 * C, at + 92, R, ROPE, scale=0.7, height=14)
+                row(x, at + h * thin, (d - R, QUERY), (R, ROPE), scale=small, height=thin)
+                row(x + 134, at + h * thin, (C, QUERY), (R, ROPE), scale=small, height=thin)
+            arrow((x + 94, at + 43), (x + 128, at + 43))
+            row(x + 134, at + 94, (C, LATENT), (R, ROPE), scale=small, height=14)
             say(x, at + 90, f"{H} queries", 15, QUIET)
         say(x, at + 122, lines, 18.5)
     figure.savefig(path, dpi=100, metadata={"drawn_by": stamp(shape, draw_cache)})

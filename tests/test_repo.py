@@ -1,7 +1,7 @@
 """The repository keeps its promises: every command, flag, path and figure of the README is looked up or run.
 
 What cannot be checked by a program (is it clear? is it true?) is not here; what rots in silence is. A number of the README is in a block
-that experiments/tables.py makes out of results/, or it is in SAID, beside the code or the result that says the same.
+that experiments/tables.py makes out of results/, or it is in `said`, beside the code or the result that says the same.
 """
 
 import ast
@@ -168,7 +168,7 @@ def test_the_readmes_other_numbers_are_true():
     found = set(re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?: %)?(?![\w])", text))
     found = {number.rstrip(",") for number in found if len(number.rstrip(",")) > 1}
     known = said()
-    assert not (found - set(known)), f"the README says {found - set(known)}, and nothing here says where that comes from: see SAID"
+    assert not (found - set(known)), f"the README says {found - set(known)}, and `said` does not know where that comes from"
     assert not (set(known) - found), f"nobody says {set(known) - found} any more"
     assert not [number for number in known if not known[number]], f"not true any more: {[n for n in known if not known[n]]}"
 
@@ -211,9 +211,10 @@ def test_no_picture_is_older_than_its_code(path):
 
 
 def test_the_hero_compares_equals():
-    """Same stage, so the same number of passes (four, says the caption), and the same true frames."""
-    models = results("hero.json")["models"]
-    assert {model["stage"] for model in models.values()} == {"dmd"}, "draw it again, from a dense and an MLA model of stage dmd"
+    """As its caption says: four passes a chunk, so both models are of stage dmd, and the subjects stay what they are."""
+    found = results("hero.json")
+    assert {model["stage"] for model in found["models"].values()} == {"dmd"}, f"draw it again, from two dmd models; {found.get('note', '')}"
+    assert all(model["survival"][key] == 1 for model in found["models"].values() for key in ("survival", "shape")), "the caption says too much"
 
 
 def test_the_toy_gif_is_what_sample_makes(tmp_path):
