@@ -1,15 +1,18 @@
 """Which code drew a picture, and from which results: a short text inside the picture, so that none grows old in silence.
 
-Hashed are the *syntax trees* of the drawing functions, without docstrings (a comment or a line break ages nothing), and the results as
-canonical JSON. tests/test_repo.py: every picture in results/ is of today's drawing code and of the results that lie beside it.
+Hashed are the drawing functions without docstrings, comments and white space, which age nothing (not syntax trees: those look different in
+another Python), and the results as canonical JSON. tests/test_repo.py: every picture in results/ is of today's drawing code and of the
+results that lie beside it.
 """
 
 import ast
 import hashlib
 import inspect
+import io
 import json
 import re
 import textwrap
+import tokenize
 from pathlib import Path
 
 
@@ -18,10 +21,19 @@ def digest(content: bytes) -> str:
 
 
 def code_hash(*functions) -> str:
-    trees = [ast.parse(textwrap.dedent(inspect.getsource(function))).body[0] for function in functions]
-    for tree in trees:
-        tree.body = tree.body[1:] if ast.get_docstring(tree) else tree.body
-    return digest("".join(map(ast.dump, trees)).encode())
+    return digest("".join(map(bare, functions)).encode())
+
+
+def bare(function) -> str:
+    """What a function does, as text."""
+    text = textwrap.dedent(inspect.getsource(function))
+    lines, node = text.splitlines(), ast.parse(text).body[0]
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
+    if ast.get_docstring(node):
+        del lines[node.body[0].lineno - 1:node.body[0].end_lineno]
+    return "".join("".join(lines).split())
 
 
 def data_hash(data) -> str:

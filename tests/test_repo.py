@@ -197,7 +197,7 @@ def drawn_from(path: Path, functions: list[str]):
 
 @pytest.mark.parametrize("path", sorted([*(ROOT / "results").glob("*.png"), *(ROOT / "results").glob("*.gif")]), ids=lambda path: path.name)
 def test_no_picture_is_older_than_its_code(path):
-    """By the stamp inside: syntax tree of the drawing functions, and data (experiments/stamp.py). Comments age nothing."""
+    """By the stamp inside, of the drawing functions and of what they drew (experiments/stamp.py). Comments age nothing."""
     assert path.stat().st_size < 2e6, f"{path.name} takes {path.stat().st_size / 1e6:.1f} MB: too long to load"
     if path.name == "toy.gif":                             # written by sample.py; the stronger test below is its own
         return
