@@ -125,6 +125,18 @@ def test_the_experiments_run(tmp_path, monkeypatch, dense_checkpoint):
     run("tables", "bench", "rank")
 
 
+def test_the_readmes_names_exist():
+    """Whatever stands in `...` and is a flag, a file or a name is one of this repository (out/ is what its commands make)."""
+    code = "\n".join(path.read_text() for path in SOURCES)
+    for inline in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)):
+        for flag in re.findall(r"(?<!\S)--[a-z-]+", inline) * (not inline.startswith("torchrun")):
+            assert f'"{flag.replace("--no-", "--")}"' in code, f"no program here knows {flag}"
+        if re.fullmatch(r"[\w/]+\.(py|pt|json|gif|png)", inline) and not inline.startswith("out/"):
+            assert (ROOT / inline).exists(), f"the README names {inline}, which does not exist"
+        elif re.fullmatch(r"[A-Za-z_]\w+(\.\w+)*", inline):
+            assert re.search(rf"\b{re.escape(inline)}\b", code), f"the README names {inline}, which is nowhere in the code"
+
+
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 def test_the_readmes_tables_are_generated():
