@@ -161,13 +161,14 @@ class Block(nn.Module):
         E = x.shape[-1]
         s1, c1, g1, s2, c2, g2 = (level + self.modulation).unsqueeze(3).unbind(2)      # each [B, F, 1, E]
         h = modulate(F.layer_norm(x, (E,)), s1, c1).flatten(1, 2)                      # [B, L, E]
-        rows = self.attention.rows(h)
+        rows = self.attention.rows(h)                      # of every frame, those before `ask` too: they are looked at
         if ask:
             first = ask * x.shape[2]
             x, h, q_table, mask = x[:, ask:], h[:, first:], tuple(part[first:] for part in q_table), drop_queries(mask, first)
             g1, s2, c2, g2 = (part[:, ask:] for part in (g1, s2, c2, g2))
         o = self.attention(h, see(rows), q_table, k_table, mask, route)
         x = torch.addcmul(x, g1, o.view_as(x))
+        # No mask: an absent word is word 0, which has an embedding of its own, so "nothing said" is something to attend to.
         x = x + self.caption(self.norm_caption(x).flatten(1, 2), self.caption.rows(caption)).view_as(x)
         x = torch.addcmul(x, g2, self.ffn(modulate(F.layer_norm(x, (E,)), s2, c2)))
         return x, rows
@@ -189,6 +190,7 @@ class VideoDiT(nn.Module):
         self.place = nn.Parameter(torch.zeros(config.tokens, E)) if config.place else None
         self.words = nn.Embedding(config.words, E)
         self.time = nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))
+        # Wan's economy: one projection of the noise level to 6 E numbers serves all blocks; a block owns an offset to it alone.
         self.level = nn.Sequential(nn.SiLU(), nn.Linear(E, 6 * E))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head_modulation = nn.Parameter(torch.zeros(2, E))
@@ -223,7 +225,7 @@ class VideoDiT(nn.Module):
         The clean half runs at sigma = 0 and at the same positions, so it is what `commit` would have computed.
         """
         frames = torch.arange(clean.shape[1], device=clean.device)
-        x = torch.cat((clean, noisy), dim=1)
+        x = torch.cat((clean, noisy), dim=1)                                           # [B, 2F, ...]
         sigma = torch.cat((torch.zeros_like(sigma), sigma), dim=1)
         frame, half = torch.cat((frames, frames)), torch.arange(2 * len(frames), device=clean.device) >= len(frames)
         mask = allowed(frame[:, None], half[:, None], frame[None], half[None], self.config)        # [2F, 2F], of frames

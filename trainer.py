@@ -167,6 +167,7 @@ class Recorded:
 def compiled(model: VideoDiT, backend: str = "inductor") -> VideoDiT:
     """The same weights, with blocks that torch.compile fuses, for the passes over whole clips: all blocks share one graph. Rollouts take
     the model itself: their shapes grow from chunk to chunk."""
+    torch._dynamo.reset()                                  # the graphs of one stage do not count against the next one's limit
     twin = copy.copy(model)
     twin._modules = model._modules | {"blocks": [torch.compile(block, dynamic=False, backend=backend) for block in model.blocks]}
     return twin

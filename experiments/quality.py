@@ -21,9 +21,11 @@ from statistics import mean
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import train
 from checkpoint import load_model
+from experiments.stamp import stamp
 from sample import SAMPLERS, pick_device, provenance, rollout, run, to_pixels
 from toy_data import alive, caption_match, make_world, motion_residual, speed, survival_report
 
@@ -121,8 +123,12 @@ def judge_run(args, attention: str, seed: int, device, path: Path) -> dict:
     folder = Path(args.runs) / f"{attention}_{seed}"
     if not (folder / "report_dmd.json").exists():
         steps = [f"--steps={args.steps}"] if args.steps else []
-        train.main(["--stage=all", f"--attention={attention}", f"--seed={seed}", f"--out={folder}", "--evaluate=0", f"--device={args.device}",
-                    *steps, *["--compile"] * (device.type == "cuda"), *["--resume"] * (folder / "train.pt").exists()])
+        train.main(["--stage=all", f"--attention={attention}", f"--seed={seed}", f"--out={folder}", "--evaluate=0",
+                    f"--device={args.device}", *steps, *["--compile"] * (device.type == "cuda"),
+                    *["--resume"] * (folder / "train.pt").exists()])
+    kept = folder / f"judged_{args.rollouts}_{args.frames}.json"                       # several processes may share the work, a run each
+    if kept.exists():
+        return json.loads(kept.read_text())
     truth, captions = make_world("shapes", frames=STRETCH, seed=10_000 + seed).batch(range(args.rollouts))
     found = {"attention": attention, "seed": seed, "stages": {}, "training_seconds": {
         stage: json.loads((folder / f"report_{stage}.json").read_text())["training_seconds"] for stage in train.STAGES}}
@@ -136,10 +142,12 @@ def judge_run(args, attention: str, seed: int, device, path: Path) -> dict:
         found["stages"][name] = {"frames": frames, "seconds_per_chunk": round(seconds, 5), "curves": points}
         if frames == args.frames:
             found["stages"][name]["switch"] = switch_test(model, captions, seed, **how)
-            if (attention, seed) == (args.attention[0], 0):
+            if (attention, seed) == ("mla", 0):
                 contact_sheet(video, path.with_name(f"quality_{stage}.png"))
         last = {name: values[-1] for name, values in points.items()}
-        print(f"{attention} {seed} {name:12} at frame {frames}: " + ", ".join(f"{key} {value:.3f}" for key, value in last.items()), flush=True)
+        print(f"{attention} {seed} {name:12} at frame {frames}:", ", ".join(f"{key} {value:.3f}" for key, value in last.items()), flush=True)
+        torch._dynamo.reset()                              # or the graphs of one model count against the next one's limit
+    kept.write_text(json.dumps(found))
     return found
 
 
@@ -150,12 +158,15 @@ def contact_sheet(video, path: Path) -> None:
     sheet = Image.new("RGB", (rows[0].width, (rows[0].height + 4) * len(rows) - 4), (128, 128, 128))
     for i, row in enumerate(rows):
         sheet.paste(row, (0, i * (row.height + 4)))
-    sheet.save(path)
+    text = PngInfo()
+    text.add_text("drawn_by", stamp(None, contact_sheet))
+    sheet.save(path, pnginfo=text)
 
 
 def over_seeds(result: dict, attention: str, stage: str, metric: str):
-    """[mean], [least], [most] over the seeds, at each stretch."""
-    values = [run["stages"][stage]["curves"][metric] for run in result["runs"] if run["attention"] == attention and stage in run["stages"]]
+    """[mean], [least], [most] over the seeds of the mean over 10 stretches, up to each stretch but the first nine."""
+    curves = [run["stages"][stage]["curves"][metric] for run in result["runs"] if run["attention"] == attention and stage in run["stages"]]
+    values = [[mean(curve[i:i + 10]) for i in range(max(len(curve) - 9, 1))] for curve in curves]
     return [[of(point) for point in zip(*values)] for of in (mean, min, max)]
 
 
@@ -165,31 +176,33 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     panels = (("survival", "there, in its colour, and moving"), ("match", "frames that show their caption"), ("shape", "shape kept"),
-              ("speed", "mean speed / true"), ("speeds", "distance of the speeds' distributions"), ("residual", "jerkiness / true clips'"))
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.5), layout="constrained", sharex=True)
+              ("speed", "mean speed / true"), ("speeds", "speeds: distance to the true ones"), ("residual", "jerkiness / true clips'"))
+    pyplot.rcParams.update({"font.size": 14})
+    figure, axes = pyplot.subplots(3, 2, figsize=(9, 11), layout="constrained", sharex=True)
     for axis, (metric, title) in zip(axes.flat, panels):
         for stage, colour in (("tf", "C1"), ("cd", "C2"), ("dmd", "C0")):
             for attention, line in (("mla", "-"), ("dense", "--")):
                 centre, low, high = over_seeds(result, attention, stage, metric)
-                frames = [STRETCH * (i + 1) for i in range(len(centre))]
+                frames = [STRETCH * (i + 10) for i in range(len(centre))]
                 if centre:
-                    axis.plot(frames, centre, line, color=colour, label=f"{stage}, {attention}", linewidth=1.2)
+                    axis.plot(frames, centre, line, color=colour, label=f"{stage}, {attention}", linewidth=2)
                     axis.fill_between(frames, low, high, color=colour, alpha=0.12, linewidth=0)
         if metric in ("speed", "residual"):
             axis.axhline(1, color="0.6", linewidth=0.8)
         axis.set_title(title)
-        axis.set_ylim(bottom=None if metric in ("survival", "match", "shape", "speed") else 0)
-    for axis in axes[1]:
-        axis.set_xlabel("frame (trained on 12)")
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+        axis.set_ylim(0, None if metric in ("speeds", "residual") else 1.05)
+    for axis in axes[-1]:
+        axis.set_xlabel("frame (trained on 12), mean of 120")
+    axes[0][0].legend(loc="lower right")
+    figure.savefig(path, dpi=110, metadata={"drawn_by": stamp(result, draw, over_seeds)})
     pyplot.close(figure)
 
 
 def table(result: dict) -> None:
     """Markdown: each stage over its last 120 frames, mean over seeds and, in brackets, the least and the most. (One stretch of 12 frames
     alone is noise: a speed measured over 12 frames changes by a tenth from one to the next.)"""
-    print("| attention, stage | frames | " + " | ".join(METRICS) + " | new caption after 3 chunks | ms a chunk |\n|" + "---|" * (len(METRICS) + 4))
+    head = ["attention, stage", "frames", *METRICS, "new caption after 3 chunks", "ms a chunk"]
+    print(f"| {' | '.join(head)} |\n|" + "---|" * len(head))
     for attention in dict.fromkeys(run["attention"] for run in result["runs"]):
         for stage in ("tf", "tf, 48 steps", "cd", "dmd"):
             rows = [run["stages"][stage] for run in result["runs"] if run["attention"] == attention]

@@ -33,6 +33,7 @@ import torch
 from attention import MLA
 from experiments.rank import (OBJECTS, OPTIMISERS, breaking, budget, composite, covariances, dense_spectrum, effective_rank,
                               energy, energy_rank, judge, latent_rank, marchenko_pastur, random_product, reached, reconstruction)
+from experiments.stamp import stamp
 from mla_video import PRESETS, Config, VideoDiT
 from objectives import teacher_forcing_loss
 from sample import evaluate, pick_device, provenance, run, shift
@@ -311,7 +312,7 @@ def draw(found: dict, path: Path) -> None:
            ylim=(first / 2, first * 6))
     ax.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"drawn_by": stamp(found, draw)})
     pyplot.close(figure)
 
 
