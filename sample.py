@@ -180,15 +180,15 @@ def evaluate(model: VideoDiT, captions: Tensor, frames: int, seed: int, **how) -
 
 def provenance(device: torch.device) -> dict[str, str]:
     """Where figures come from: command, commit, device, versions. Goes into every file of results/."""
-    commit = os.environ.get("COMMIT", "not in a git checkout")
-    if shutil.which("git"):
+    commit = os.environ.get("COMMIT", "")                  # first: a copied tree may lie inside another repository
+    if not commit and shutil.which("git"):
         git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = git.stdout.strip() or commit
+        commit = git.stdout.strip()
     name = torch.cuda.get_device_name(device).replace("NVIDIA ", "").replace(" HBM3", "") if device.type == "cuda" else \
         f"{os.cpu_count()} CPU cores"
     spec = sys.modules["__main__"].__spec__                # set by `python -m`
     program = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
-    return {"command": " ".join(["python", *program, *sys.argv[1:]]), "commit": commit,
+    return {"command": " ".join(["python", *program, *sys.argv[1:]]), "commit": commit or "not in a git checkout",
             "device": name, "versions": f"torch {torch.__version__}, numpy {np.__version__}, Python {sys.version.split()[0]}"}
 
 

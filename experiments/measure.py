@@ -1,7 +1,6 @@
 """What every section of experiments/bench.py uses: the clock, the device's own ceilings, models and full windows of noise, tables, JSON."""
 import gc
 import json
-import os
 import statistics
 import sys
 import time
@@ -69,7 +68,7 @@ class Measure:
         if args.layers:
             self.config = replace(self.config, layers=args.layers)
         self.out = provenance(torch.device(self.device))
-        self.out |= {"commit": os.environ.get("COMMIT", self.out["commit"]),           # a copied tree may lie inside another repository
+        self.out |= {
             "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
             "triton": getattr(sys.modules.get("triton"), "__version__", None), "dtype": str(self.dtype)[6:],
             "cudnn": torch.backends.cudnn.version() if self.gpu else None, "sections": {}}
