@@ -157,7 +157,9 @@ def _compiled(function):
     return torch.compile(function, fullgraph=True)
 
 
-BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]    # in this order; with neither, SDPA raises: no quiet third choice
+# torch prefers cuDNN on Hopper and Blackwell; with neither of the two SDPA raises: no quiet third choice. (Never set_priority=True: leaving
+# it writes back an order in which flash is first, and every later SDPA of the process, dense layers too, takes 1.7 times as long.)
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 SCRATCH = 2**31                 # bytes of K and V at a time; beyond it the videos of a batch take turns (paper: 201 MB a video)
 
 
@@ -181,7 +183,7 @@ def attend_fused(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, sca
     if cut:
         expand = _compiled(_expand) if q_nope.is_cuda and not torch.compiler.is_compiling() else _expand
         q, k, v = expand(q_nope[:, :cut], q_rope[:, :cut], c_kv, k_rope, W_UK, W_UV, head, k_table)
-        with sdpa_kernel(BACKENDS if q.is_cuda else [SDPBackend.MATH], set_priority=True):
+        with sdpa_kernel(BACKENDS if q.is_cuda else [SDPBackend.MATH]):
             out.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))       # [B, cut, H, V]
     if cut < L:
         latent = fused.latent_attention(q_nope[:, cut:], q_rope[:, cut:], c_kv, k_rope, W_UK, *tail, *k_table, scale)     # [B, H, L, C]

@@ -1,5 +1,6 @@
 """What every section of experiments/bench.py uses: the clock, the device's own ceilings, models and full windows of noise, tables, JSON."""
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -75,32 +76,45 @@ class Measure:
 
     # ---- measuring --------------------------------------------------------------------------------------------------
 
-    def timed(self, calls, replays=11) -> dict:
-        """ms of one call: median and spread over replays; `warmup_s` is everything before, compilation included."""
+    def recorded(self, calls):
+        """(replay, calls in it, seconds of warm-up, compilation included): the calls, made often enough for 4 ms, as one CUDA graph."""
         start = time.perf_counter()
         for call in calls + calls[:1]:
             call()
         if not self.gpu:
-            times = []
-            for i in range(5):
-                t = time.perf_counter()
-                calls[i % len(calls)]()
-                times.append(1e3 * (time.perf_counter() - t))
-            return dict(ms=statistics.median(times), low=min(times), high=max(times), warmup_s=0.0)
+            return itertools.cycle(calls).__next__, 1, 0.0
         torch.cuda.synchronize()
         a, b = (torch.cuda.Event(enable_timing=True) for _ in "ab")
         a.record(); calls[0](); b.record(); b.synchronize()
-        rounds = max(1, min(8, int(4 / max(a.elapsed_time(b), 1e-3) / len(calls))))    # about 4 ms a replay
+        rounds = max(1, min(8, int(4 / max(a.elapsed_time(b), 1e-3) / len(calls))))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls * rounds:
                 call()
-        warm, times = time.perf_counter() - start, []
-        for i in range(replays + 2):
-            a.record(); graph.replay(); b.record(); b.synchronize()
-            times += [a.elapsed_time(b) / rounds / len(calls)] if i > 1 else []
-        times.sort()
-        return dict(ms=statistics.median(times), low=times[len(times) // 10], high=times[-1 - len(times) // 10], warmup_s=warm)
+        return graph.replay, rounds * len(calls), time.perf_counter() - start
+
+    def clock(self, replay) -> float:
+        """ms of one replay."""
+        if not self.gpu:
+            start = time.perf_counter()
+            replay()()
+            return 1e3 * (time.perf_counter() - start)
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        a.record(); replay(); b.record(); b.synchronize()
+        return a.elapsed_time(b)
+
+    def timed_in_turn(self, contenders: dict, replays=11) -> dict:
+        """{name: ms of one call, median and spread} of {name: `recorded`}: they take turns, so that a GPU that grows hot, and slow, does so
+        for all of them."""
+        times = {name: [] for name in contenders}
+        for i in range(replays + 2 if self.gpu else 5):
+            for name, (replay, calls, _) in contenders.items():
+                times[name] += [self.clock(replay) / calls] if i > 1 or not self.gpu else []
+        return {name: dict(ms=statistics.median(found), low=sorted(found)[len(found) // 10], high=sorted(found)[-1 - len(found) // 10],
+                           warmup_s=contenders[name][2]) for name, found in times.items()}
+
+    def timed(self, calls, replays=11) -> dict:
+        return self.timed_in_turn({"": self.recorded(calls)}, replays)[""]
 
     def attempt(self, work, forget=False) -> dict:
         """The result of `work`, or one line saying why there is none (the budget's end among the reasons). `forget`: what it compiled
