@@ -14,11 +14,12 @@ from statistics import mean
 
 import torch
 from torch import Tensor
+from torch.optim import _muon
 from torch.utils.data import DataLoader, Dataset
 
 from mla_video import VideoDiT
 from objectives import consistency_loss, critic_loss, dmd_gradient, dmd_loss, score_loss, self_rollout, teacher_forcing_loss
-from parallel import OneStream, all_rows, like, mean_over_processes, my_rows, shard, whole, world
+from parallel import OneStream, all_rows, like, mean_over_processes, my_rows, orthogonalise, recordable, shard, whole, world
 from sample import FEW_STEPS
 
 STAGES = ("score", "tf", "cd", "dmd")                      # in this order; each starts from the weights of the one before
@@ -79,9 +80,11 @@ class Learner:
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and min(p.shape) > 6]  # 6: a block's modulation
         chosen = {id(p) for p in matrices}
         others = [p for p in self.weights if id(p) not in chosen]
+        _muon._zeropower_via_newtonschulz = orthogonalise  # instead of torch's, which rounds to bfloat16
         self.optimisers = [
             torch.optim.Muon(matrices, lr=times * recipe.lr_muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=times * recipe.lr_adamw, betas=(0.9, 0.95), weight_decay=0.0, capturable=others[0].is_cuda)]
+            torch.optim.AdamW(others, lr=times * recipe.lr_adamw, betas=(0.9, 0.95), weight_decay=0.0,
+                              capturable=recordable(others[0].device))]
 
     def step(self, loss: Tensor, rate: Tensor) -> Tensor:
         loss.backward()
@@ -190,7 +193,7 @@ class Trainer:
         self.losses, self.recent = defaultdict(list), []   # every tenth, as numbers; those since, still on the device
         self.generator = torch.Generator(device)
         self.videos, self.age = None, 0                    # dmd: captions and cache of the videos under way
-        self.recorded, self.pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.recorded, self.pool = {}, torch.cuda.graph_pool_handle() if recordable(device) else None
 
     def rate(self) -> float:
         """Warm-up, then a cosine down to `final`: the share of the peak rate at this step."""
