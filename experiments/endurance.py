@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> dict:
     model, _ = load_model(args.checkpoint)
     chunks, settled = -(-args.frames // model.config.chunk), min(1000, args.frames // 3) // model.config.chunk
     # Filled in place: a list of times would be the growth that is looked for.
-    times, ratios, early, most = array("d", bytes(8 * chunks)), array("d", bytes(8 * -(-chunks // 10))), 0, 0
+    times, ratios, levels = array("d", bytes(8 * chunks)), array("d", bytes(8 * -(-chunks // 10))), array("q", bytes(80))
+    early, most = 0, 0
     caption, full = encode_caption("fast red disc")[None], -(-model.config.frames // model.config.chunk)
     with tempfile.TemporaryDirectory() as folder:
         old, gif = rollout(model, caption, args.frames, steps=args.steps), GifWriter(Path(folder) / "endless.gif")
@@ -70,6 +71,8 @@ def main(argv: list[str] | None = None) -> dict:
                 early = resident_kib()
             if i > settled and i % 100 == 0:
                 most = max(most, resident_kib())
+            if (i + 1) * 10 // chunks > i * 10 // chunks:
+                levels[i * 10 // chunks] = resident_kib()
         written = gif.path.stat().st_size
     last = resident_kib()
     tenth, pairs = ([row[i * len(row) // 10:(i + 1) * len(row) // 10] for i in range(10)] for row in (times, ratios))
@@ -77,7 +80,8 @@ def main(argv: list[str] | None = None) -> dict:
               "ms_per_chunk_by_tenth": [round(1000 * median(part), 2) for part in tenth],
               "ms_per_chunk_p10_by_tenth": [round(1000 * sorted(part)[len(part) // 10], 2) for part in tenth],
               "time_against_a_young_video_by_tenth": [round(median(part), 3) for part in pairs],
-              "resident_kib_after_1000_frames": early, "memory_growth_kib": last - early, "peak_memory_growth_kib": max(most, last) - early,
+              "resident_kib_after_1000_frames": early, "resident_kib_at_the_end_of_each_tenth": list(levels),
+              "memory_growth_kib": last - early, "peak_memory_growth_kib": max(most, last) - early,
               "cache_bytes": model.make_cache(1).nbytes, "gif_bytes": written}
     print(json.dumps(report, indent=1))
     if args.json:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import read_checkpoint  # noqa: E402
 from mla_video import PRESETS, VideoDiT  # noqa: E402
-from parallel import join, mine, orthogonalise, rank, whole, world  # noqa: E402
+from parallel import join, mine, rank, whole, world  # noqa: E402
 from toy_data import WORDS, make_world  # noqa: E402
 from trainer import STAGES, Trainer, recipe_for  # noqa: E402
 
@@ -80,10 +80,11 @@ def test_two_gpus_train_like_one(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (8, 24), (24, 8)])
-def test_muons_iteration_is_its_polynomial_and_no_rounding_grows_in_it(shape):
+def test_muons_iteration_is_its_polynomial_and_no_rounding_grows_in_it(code, shape):
     """Five times  s <- a s + b s^3 + c s^5  of every singular value, in float64 from numpy's SVD. And two updates that differ by float32's
     rounding stay that close: the slope at s = 0 is a^5 = 485, so a little more than that times 6e-8, not bfloat16's 4e-3."""
     a, b, c = how = (3.4445, -4.7750, 2.0315)
+    orthogonalise = code.parallel.orthogonalise
     update = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, s, v = torch.linalg.svd(update / update.norm(), full_matrices=False)
     for _ in range(5):
