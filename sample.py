@@ -207,7 +207,8 @@ def provenance(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device).replace("NVIDIA ", "").replace(" HBM3", "") if device.type == "cuda" else \
         f"{os.cpu_count()} CPU cores"
     spec = sys.modules["__main__"].__spec__                # set by `python -m`
-    program = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    path, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+    program = ["-m", spec.name] if spec else [str(path.relative_to(root) if path.is_relative_to(root) else path.name)]
     return {"command": " ".join(["python", *program, *sys.argv[1:]]), "commit": commit,
             "device": name, "versions": f"torch {torch.__version__}, numpy {np.__version__}, Python {sys.version.split()[0]}"}
 
