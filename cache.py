@@ -48,7 +48,8 @@ class RollingCache:
         self.slots = window - chunk                        # sink + ring
         self.buffers = tuple(torch.empty(layers, batch, self.slots * tokens, width, device=device, dtype=dtype)
                              for width in widths)
-        self.seen = 0                                      # frames committed since the start, evicted ones included
+        self.seen = 0                                      # frames committed since the start, evicted ones included: Python's int,
+                                                           # which has no end; frames() is int64 and good for 10^18
 
     # ---- what there is ------------------------------------------------------------------------------------------
 

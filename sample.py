@@ -2,6 +2,7 @@
 
     python sample.py                                  plays checkpoints/toy.pt, 120 frames, four captions
     python sample.py --prompt "red disc" --frames 480 --route absorbed
+    python sample.py --frames 0 --pictures            without end until Ctrl-C, a PNG file a frame
     python sample.py --checkpoint out/model.pt --evaluate 64        exact metrics over 64 rollouts
 
 The flow-matching convention of the whole repository stands here, beside the sampler that relies on it (train.py
@@ -169,6 +170,25 @@ class GifWriter:
         self.end += len(data) - 1
 
 
+class PictureWriter:
+    """The same as PNG files 000000000.png, 000000001.png, ...: each is whole from the moment on at which it has its name, and none is
+    touched again. ValueError if the folder has pictures already: an older, longer video's would stay behind the new ones."""
+
+    def __init__(self, path: Path):
+        self.path, self.end = path, 0
+        if any(path.glob("*.png")):
+            raise ValueError(f"{path} has pictures already: choose another folder with --out, or empty it")
+
+    def append(self, frames: np.ndarray) -> None:
+        """uint8 [F, h, w, 3]."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        scratch = self.path / "next.part"
+        for frame in frames:
+            Image.fromarray(frame).save(scratch, "PNG")
+            scratch.replace(self.path / f"{self.end:09d}.png")
+            self.end += 1
+
+
 # ---- judging --------------------------------------------------------------------------------------------------------
 
 def evaluate(model: VideoDiT, captions: Tensor, frames: int, seed: int, **how) -> dict[str, float]:
@@ -187,14 +207,15 @@ def provenance(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device).replace("NVIDIA ", "").replace(" HBM3", "") if device.type == "cuda" else \
         f"{os.cpu_count()} CPU cores"
     spec = sys.modules["__main__"].__spec__                # set by `python -m`
-    program = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    path, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+    program = ["-m", spec.name] if spec else [str(path.relative_to(root) if path.is_relative_to(root) else path.name)]
     return {"command": " ".join(["python", *program, *sys.argv[1:]]), "commit": commit or "not in a git checkout",
             "device": name, "versions": f"torch {torch.__version__}, numpy {np.__version__}, Python {sys.version.split()[0]}"}
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; `argv` None takes the process' own. Exits with code 2 and one line on input it cannot use."""
-    parser = argparse.ArgumentParser(description="Stream a video out of a trained model and write it to a GIF as it grows.",
+    parser = argparse.ArgumentParser(description="Stream a video out of a trained model, into a GIF or PNG files that grow with it.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "checkpoints/toy.pt"), help="a file written by train.py")
     parser.add_argument("--prompt", action="append", help='a caption such as "fast red disc"; given again, a second video; "48: blue square" '
@@ -205,6 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance weight; 1 is off")
     parser.add_argument("--route", default="auto", choices=("auto", *ROUTES), help="how attention is computed; the answer is the same")
     parser.add_argument("--out", default="out", help="a folder (for sample.gif) or the name of a .gif")
+    parser.add_argument("--pictures", action="store_true", help="write a PNG file for each frame, in the folder OUT/sample, instead of a GIF")
     parser.add_argument("--evaluate", type=int, default=0, metavar="N", help="print exact metrics over N rollouts instead of a GIF")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="one compiled graph per pass, once the "
                         "window is full; default: on a GPU yes, on a CPU no")
@@ -273,11 +295,13 @@ def sample_from(args) -> None:
     prompts = args.prompt or list(PROMPTS if data == "shapes" else [""] * 4)
     captions, switch = read_prompts(prompts)
     generator = torch.Generator().manual_seed(args.seed)
-    path = Path(args.out) if args.out.endswith(".gif") else Path(args.out) / "sample.gif"
-    gif, made, start = GifWriter(path), 0, time.perf_counter()
+    if args.pictures and args.out.endswith(".gif"):
+        raise ValueError(f"--pictures writes a folder of PNG files, and --out {args.out} names a GIF: give --out a folder")
+    path = Path(args.out) if args.out.endswith(".gif") else Path(args.out) / ("sample" if args.pictures else "sample.gif")
+    video, made, start = PictureWriter(path) if args.pictures else GifWriter(path), 0, time.perf_counter()
     try:
         for chunk in rollout(model, captions, args.frames, switch=switch, generator=generator, **how):
-            gif.append(to_pixels(chunk)[:max(args.frames - made, 0) or None])
+            video.append(to_pixels(chunk)[:max(args.frames - made, 0) or None])
             made += model.config.chunk
             print(f"\r{made} frames", end="", file=sys.stderr)
     finally:
@@ -288,7 +312,7 @@ def sample_from(args) -> None:
     print(f"speed        {len(captions) * made / seconds:.1f} frames/s ({len(captions)} videos at once, {device.type}, "
           f"{how['steps']} {how['sampler']} steps a chunk, route {full_route(model, len(captions), args.route)})")
     print(cache_line(model, len(captions)))
-    print(f"wrote        {path}")
+    print(f"wrote        {path}" + "/*.png" * args.pictures)
 
 
 def read_prompts(prompts: list[str]) -> tuple[Tensor, dict[int, Tensor]]:

@@ -6,6 +6,7 @@
     python train.py --data digits --out out/digits     real handwritten digits that move (needs scikit-learn)
     python train.py --data clips.npy --out out/mine    your own clips
     python train.py --attention dense --out out/dense  the baseline: the same model with standard attention
+    python train.py --deterministic                    the same bits every time, on a GPU too
     python train.py --resume --steps 4000              go on from out/train.pt up to 4000 steps in all
 
 Writes to --out: train.pt (all that is needed to go on), STAGE.pt (the weights a stage ends with), model.pt (those that sample.py plays: of
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from checkpoint import load_model, previous, read_last_good, save_model, write_atomically
 from mla_video import PRESETS, Config, VideoDiT
 from objectives import score_loss, teacher_forcing_loss
-from parallel import any_of, join, rank, world as processes
+from parallel import any_of, join, mine, rank, world as processes
 from sample import (PROMPTS, SAMPLERS, GifWriter, cache_line, evaluate, pick_device, provenance, report_survival, rollout, run, to_pixels,
                     unseen_captions)
 from toy_data import CAPTION_SLOTS, WORDS, encode_caption, make_world
@@ -68,6 +69,35 @@ def between_steps():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def repeatable(asked: bool, device: torch.device):
+    """Within it, if asked, torch takes only algorithms that give the same bits every time; ValueError in one line where there is none.
+
+    Data and noise depend on (seed, step) alone, so what is left is the order in which a GPU's threads add: in index_add and its kind, and
+    in attention's backward pass, where torch now takes flash or memory-efficient attention in their ordered form, never cuDNN's.
+    cuBLAS, too, adds in an order that depends on its scratch memory, whose size it reads from the environment when it starts: at the
+    first product, so after this line. On a CPU the order is that of the threads, so their number must be the same.
+    """
+    if not asked:
+        yield
+        return
+    if device.type == "mps":
+        raise ValueError("--deterministic is for cpu and cuda: Apple's MPS makes no such promise")
+    if device.type == "cuda" and os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") not in (":4096:8", ":16:8"):
+        raise ValueError("--deterministic needs the environment's CUBLAS_WORKSPACE_CONFIG to be :4096:8 or :16:8, or not set; it is "
+                         + repr(os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:                          # its first sentence names the operation
+        if "determinis" not in str(error).lower():
+            raise
+        raise ValueError(f"--deterministic cannot be kept on this {device.type}: {str(error).split('. ')[0]}") from error
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int = 250) -> list[dict]:
@@ -171,6 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shard", action="store_true", help="with torchrun: divide weights and optimisers among the processes, too")
     parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the passes over whole clips: on a GPU steps are twice "
                         "as fast, after a minute of compiling; needs a C compiler")
+    parser.add_argument("--deterministic", action="store_true", help="the same bits from every run with the same flags, device, number of "
+                        "processes and threads, and versions; slower on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run(train_from, parser.parse_args(argv))
@@ -199,7 +231,7 @@ def make_recipe(args, stage: str, device: torch.device) -> Recipe:
 
 def train_from(args) -> None:
     """Everything is checked before anything is written. ValueError in one line for what the user can mend."""
-    device, out = join(pick_device(args.device)), Path(args.out)
+    device, out = join(pick_device(mine(args.device))), Path(args.out)
     for name, low, top in (("steps", 1, 10**9), ("batch", 1, 2**16), ("evaluate", 0, 10_000), ("curve", 0, 10**9), ("save_every", 1, 10**9),
                            ("seed", 0, 2**31)):
         if (value := getattr(args, name)) is not None and not low <= value <= top:
@@ -230,10 +262,11 @@ def train_from(args) -> None:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")       # RMSNorm under autocast is right, if slower
     # Products of float32 matrices may use the fast units: TF32 on a GPU, oneDNN (on AMD severalfold faster than MKL) on a CPU.
     torch.set_float32_matmul_precision("medium")
-    for stage in stages:
-        train_stage(args, make_recipe(args, stage, device), config, world, state, device, out)
-        any_of(False, device)                              # process 0 has written what the next stage starts from
-        state = None
+    with repeatable(args.deterministic, device):
+        for stage in stages:
+            train_stage(args, make_recipe(args, stage, device), config, world, state, device, out)
+            any_of(False, device)                          # process 0 has written what the next stage starts from
+            state = None
 
 
 def check_memory(config: Config, device: torch.device, shards: int) -> None:
@@ -294,7 +327,8 @@ def train_stage(args, recipe: Recipe, config: Config, world, state: dict | None,
             judged = report_survival(trainer.ema, args.evaluate, 10 * config.frames, args.seed, **SAMPLERS[stage])
     report = {**origin, "stage": stage, "attention": config.attention, "steps": trainer.step, "batch": recipe.batch, "seed": args.seed,
               "training_seconds": round(trainer.seconds, 1), "saving_seconds": round(trainer.saving, 2),
-              "processes": processes(), "loss_by_noise": by_noise, "rollouts": args.evaluate, "survival": judged, "curve": curve}
+              "processes": processes(), "threads": torch.get_num_threads(), "deterministic": args.deterministic,
+              "loss_by_noise": by_noise, "rollouts": args.evaluate, "survival": judged, "curve": curve}
     (out / f"report_{stage}.json").write_text(json.dumps(report, indent=1))
     print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {out} now: "
           + ", ".join(sorted(path.name for path in out.iterdir())))

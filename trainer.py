@@ -14,11 +14,12 @@ from statistics import mean
 
 import torch
 from torch import Tensor
+from torch.optim import _muon
 from torch.utils.data import DataLoader, Dataset
 
 from mla_video import VideoDiT
 from objectives import consistency_loss, critic_loss, dmd_gradient, dmd_loss, score_loss, self_rollout, teacher_forcing_loss
-from parallel import OneStream, all_rows, like, mean_over_processes, my_rows, shard, whole, world
+from parallel import OneStream, all_rows, like, mean_over_processes, my_rows, orthogonalise, recordable, shard, whole, world
 from sample import FEW_STEPS
 
 STAGES = ("score", "tf", "cd", "dmd")                      # in this order; each starts from the weights of the one before
@@ -94,10 +95,12 @@ class Learner:
         blocks = [[p for p in block.parameters() if p.dim() == 2 and min(p.shape) > 6] for block in model.blocks]     # 6: its modulation
         chosen = {id(p) for matrices in blocks for p in matrices}
         others = [p for p in self.weights if id(p) not in chosen]
+        _muon._zeropower_via_newtonschulz = orthogonalise  # instead of torch's, which rounds to bfloat16
         muon = dict(lr=times * recipe.lr_muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         self.optimisers = [
             *(torch.optim.Muon(matrices, **muon) for matrices in blocks),
-            torch.optim.AdamW(others, lr=times * recipe.lr_adamw, betas=(0.9, 0.95), weight_decay=0.0, capturable=others[0].is_cuda)]
+            torch.optim.AdamW(others, lr=times * recipe.lr_adamw, betas=(0.9, 0.95), weight_decay=0.0,
+                              capturable=recordable(others[0].device))]
 
     def step(self, loss: Tensor, rate: Tensor) -> Tensor:
         loss.backward()
@@ -216,15 +219,16 @@ class Trainer:
         self.losses, self.recent = defaultdict(list), []   # every tenth, as numbers; those since, still on the device
         self.generator = torch.Generator(device)
         self.videos, self.age = None, 0                    # dmd: captions and cache of the videos under way
-        # bfloat16 where the GPU has it, float32's range and no loss scale; weights, averages, losses, caches and sampling stay float32.
-        # The cache of cast weights is off: filled in a pass without gradients, it would cut off those of a later pass with them.
+        # bfloat16 where the GPU has it, in the losses over whole clips: float32's range, so no loss scale and no overflow. Weights, averages,
+        # optimisers, losses and everything sampled stay float32. Its cache of cast weights is off: filled in a pass without gradients, it
+        # would cut off those of a later pass with them.
         half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
         fast = (lambda network: compiled(network, compile)) if compile else (lambda network: network)
         self.on_clips = {name: fast(network) for name, network in (
             ("model", self.model), ("ema", self.ema), ("teacher", getattr(self, "teacher", None)), ("score", getattr(self, "score", None)),
             ("critic", self.critic and self.critic.model)) if network is not None}     # as the losses call them, on whole clips
-        self.recorded, self.pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.recorded, self.pool = {}, torch.cuda.graph_pool_handle() if recordable(device) else None
 
     def rate(self) -> float:
         """Warm-up, then a cosine down to `final`: the share of the peak rate at this step."""
@@ -265,7 +269,7 @@ class Trainer:
     def _run(self, key, function, *inputs: Tensor) -> tuple[Tensor, ...]:
         if key not in self.recorded:
             self.recorded[key] = Recorded(function, self.generator, self.pool)
-        with self.precision(), OneStream() if world() > 1 else nullcontext():
+        with OneStream() if world() > 1 else nullcontext():
             return self.recorded[key](*inputs)
 
     def _self_forced(self, function, name: str, dice: random.Random, caption, *numbers) -> Tensor:
@@ -291,10 +295,11 @@ class Trainer:
 
     def _step(self, x0, caption, rate, fresh):
         r = self.recipe
-        if r.stage == "cd":
-            loss = consistency_loss(*(self.on_clips[name] for name in ("model", "ema", "teacher")), x0, caption, r, self.generator)
-        else:
-            loss = (score_loss if r.stage == "score" else teacher_forcing_loss)(self.on_clips["model"], x0, caption, r, self.generator)[0]
+        with self.precision():
+            if r.stage == "cd":
+                loss = consistency_loss(*(self.on_clips[name] for name in ("model", "ema", "teacher")), x0, caption, r, self.generator)
+            else:
+                loss = (score_loss if r.stage == "score" else teacher_forcing_loss)(self.on_clips["model"], x0, caption, r, self.generator)[0]
         return self._averaged(self.learner.step(loss, rate), fresh),
 
     def _averaged(self, loss, fresh):
@@ -304,12 +309,15 @@ class Trainer:
 
     def _generator_step(self, exit, rate, fresh, *start):
         video, caption, end = self._rollout(exit, True, *start)
-        gradient = dmd_gradient(video, caption, self.on_clips["score"], self.on_clips["critic"], self.recipe.guidance, self.generator)
+        with self.precision():
+            gradient = dmd_gradient(video, caption, self.on_clips["score"], self.on_clips["critic"], self.recipe.guidance, self.generator)
         return self._averaged(self.learner.step(dmd_loss(video, gradient), rate), fresh), *end
 
     def _critic_step(self, exit, rate, *start):
         video, caption, end = self._rollout(exit, False, *start)
-        return self.critic.step(critic_loss(self.on_clips["critic"], video, caption, self.generator), rate), *end
+        with self.precision():
+            loss = critic_loss(self.on_clips["critic"], video, caption, self.generator)
+        return self.critic.step(loss, rate), *end
 
     # ---- going on, and stopping -----------------------------------------------------------------------------------
 

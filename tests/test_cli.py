@@ -158,7 +158,7 @@ def test_sample_refuses_a_bad_checkpoint(capsys, tmp_path, model_file, kind, wor
 @pytest.mark.parametrize("flags, words", [
     (["--prompt=purple disc"], ["purple", "red"]), (["--prompt=red blue disc"], ["red", "blue"]), (["--frames=-1"], ["--frames"]),
     (["--steps=0"], ["--steps"]), (["--route=magic"], ["magic"]), (["--device=quantum"], ["quantum"]),
-    (["--route=fused", "--device=cpu"], ["fused", "materialised"])])
+    (["--route=fused", "--device=cpu"], ["fused", "materialised"]), (["--pictures"], ["--pictures", "folder", "clip.gif"])])
 def test_sample_refuses(capsys, tmp_path, model_file, flags, words):
     fails_in_one_line(capsys, sample.main, [f"--checkpoint={model_file}", f"--out={tmp_path / 'clip.gif'}", *flags], *words)
     assert not (tmp_path / "clip.gif").exists()
@@ -195,13 +195,18 @@ def test_a_gif_is_whole_after_every_append(tmp_path):
                 assert list(picture.convert("RGB").getpixel((5, 5))) == expected, f"frame {frame}"
 
 
-def test_ctrl_c_ends_an_endless_stream_with_a_valid_gif(tmp_path, model_file):
+@pytest.mark.parametrize("flags", [[], ["--pictures"]])
+def test_ctrl_c_ends_an_endless_stream_with_a_valid_video(tmp_path, model_file, flags):
     """Interrupts from inside the stream, so that the test does not depend on timing."""
     code = ("import sample, sys\nplain = sample.rollout\ndef rollout(*args, **how):\n    for i, chunk in enumerate(plain(*args, **how)):\n"
             "        yield chunk\n        if i == 4: raise KeyboardInterrupt\nsample.rollout = rollout\nsample.main(sys.argv[1:])")
-    done = subprocess.run([sys.executable, "-c", code, f"--checkpoint={model_file}", f"--out={tmp_path}", "--frames=0", "--steps=1"],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, f"--checkpoint={model_file}", f"--out={tmp_path}", "--frames=0", "--steps=1",
+                           *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr[-500:]
+    if flags:
+        assert sorted(path.name for path in (tmp_path / "sample").iterdir()) == [f"{i:09d}.png" for i in range(5 * TINY.chunk)]
+        assert all(Image.open(path).convert("RGB").getbbox() for path in (tmp_path / "sample").iterdir()), "a picture is black or cut short"
+        return
     with Image.open(tmp_path / "sample.gif") as gif:
         assert gif.n_frames == 5 * TINY.chunk
 

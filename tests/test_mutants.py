@@ -17,6 +17,7 @@ import test_cache as cache
 import test_flow as flow
 import test_full_rank as full_rank
 import test_objectives as objectives
+import test_parallel as parallel
 import test_rope as rope
 import test_routes as routes
 import test_streaming as streaming
@@ -293,6 +294,10 @@ MUTANTS = [Mutant(*entry) for entry in (
     ("critic's gradient taken by the generator's optimiser", TRAINER, "return self.critic.step(", "return self.learner.step(",
      objectives.test_generator_and_critic_leave_each_other_alone),
     ("rate ignored", TRAINER, "before, 1 - rate)", "before, 0 * rate)", objectives.test_a_step_drawn_back_is_a_step_at_a_lower_rate),
+    ("Muon's iteration begins by rounding to bfloat16", PARALLEL, "x = x / x.norm().clamp(min=eps)",
+     "x = (x / x.norm().clamp(min=eps)).bfloat16().to(x.dtype)", parallel.test_muons_iteration_is_its_polynomial_and_no_rounding_grows_in_it),
+    ("Muon's iteration without its fifth power", PARALLEL, "beta=b, alpha=c)", "beta=b, alpha=0)",
+     parallel.test_muons_iteration_is_its_polynomial_and_no_rounding_grows_in_it),
     ("average never moves", TRAINER, "self.learner.weights, fresh)", "self.learner.weights, 0 * fresh)",
      objectives.test_every_stage_moves_its_model_and_averages_it),
 )]
@@ -311,7 +316,8 @@ def copy_of_the_source(folder, change=None):
     return load_from(folder)
 
 
-ARGUMENTS = {objectives.test_every_stage_moves_its_model_and_averages_it: dict(stage="tf"),
+ARGUMENTS = {parallel.test_muons_iteration_is_its_polynomial_and_no_rounding_grows_in_it: dict(shape=(24, 8)),
+             objectives.test_every_stage_moves_its_model_and_averages_it: dict(stage="tf"),
              streaming.test_dtype_is_kept: dict(attention="mla", dtype=torch.float64),
              streaming.test_device_is_kept_and_nothing_waits_for_it: dict(attention="mla"),
              rope.test_the_split_of_channels_is_the_papers: dict(channels=32, split=(6, 5, 5))}

@@ -1,5 +1,6 @@
 """Stopped in any way and gone on with: every stage, bit for bit. (Kills by the hundred: `python tests/kill.py`.)"""
 
+import json
 import os
 import signal
 import subprocess
@@ -89,6 +90,50 @@ def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkeypatc
     train.main([*FLAGS, "--steps=8", f"--out={tmp_path / 'whole'}"])
     parts, whole = (tensors(read_checkpoint(tmp_path / name / "train.pt", set())) for name in ("parts", "whole"))
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_deterministic_gives_the_same_bits_and_is_over_afterwards(tmp_path, monkeypatch, capsys):
+    """On two threads, whose sums are those of no single one. That the flag reaches torch is looked up in the midst of a step."""
+    plain, threads, found = trainer.Trainer.update, torch.get_num_threads(), []
+
+    def update(self, *batch):
+        found.append(torch.are_deterministic_algorithms_enabled())
+        return plain(self, *batch)
+
+    monkeypatch.setattr(trainer.Trainer, "update", update)
+    torch.set_num_threads(2)
+    try:
+        for run, flags in (("a", ["--deterministic"]), ("b", ["--deterministic"]), ("c", ["--deterministic", "--seed=1"]), ("d", [])):
+            train.main([*FLAGS, "--steps=4", f"--out={tmp_path / run}", *flags])
+    finally:
+        torch.set_num_threads(threads)
+    assert found == [True] * 12 + [False] * 4, "torch is told before the first step, and left as it was after the last"
+    a, b, c = (tensors(read_checkpoint(tmp_path / run / "train.pt", set())) for run in "abc")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), "the same flags gave other bits"
+    assert not all(torch.equal(a[name], c[name]) for name in a), "another seed gave the same bits: this comparison could not fail"
+    assert json.loads((tmp_path / "a" / "report_tf.json").read_text())["deterministic"] is True
+
+
+def test_deterministic_names_the_operation_that_cannot_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer.Trainer, "update", lambda *_: torch.zeros(3).put_(torch.tensor([0]), torch.ones(1)))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*FLAGS, "--steps=4", f"--out={tmp_path}", "--deterministic"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stop.value.code == 2 and len(said) == 1 and "put_" in said[0] and "--deterministic" in said[0], said
+    assert not torch.are_deterministic_algorithms_enabled() and (tmp_path / "train.pt").exists()
+
+
+def test_deterministic_looks_after_cublas(monkeypatch):
+    """Its scratch memory is chosen by the environment; what the user chose is refused and not overwritten. (No GPU is touched.)"""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with train.repeatable(True, torch.device("cuda")):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    for device, word in (("cuda", ":4096:8 or :16:8"), ("mps", "MPS")):
+        with pytest.raises(ValueError, match=word), train.repeatable(True, torch.device(device)):
+            pytest.fail("the run began")
+    with train.repeatable(False, torch.device("cuda")):
+        assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_disk_that_takes_nothing_is_known_before_training(tmp_path, monkeypatch, capsys):
