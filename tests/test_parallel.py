@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def train_all(steps: int, modes: tuple[bool, ...], dtype: torch.dtype, device: t
             torch.nn.init.normal_(model.head.weight, std=0.05)         # as if trained: a head of zeros hides half of the network
             recipe = recipe_for(stage, torch.device("cpu"), steps=steps, batch=BATCH)
             trainer = Trainer(model, recipe, make_world("shapes", frames=CONFIG.frames), device, model, sharded)
+            trainer.precision = nullcontext                # bfloat16 would hide what the processes do
             losses = [trainer.update(x0.to(dtype), caption).item() for x0, caption in trainer.batches()]
             state = whole(trainer.state())
             Trainer(VideoDiT(CONFIG), recipe, trainer.world, trainer.device, VideoDiT(CONFIG), sharded).restore(state)       # goes back in
