@@ -4,6 +4,7 @@ The losses themselves are in objectives.py; files, progress and the command line
 """
 
 import copy
+import gc
 import math
 import random
 import signal
@@ -159,9 +160,14 @@ class Recorded:
         if self.graph is None:
             self.inputs, self.graph = [value.clone() for value in inputs], torch.cuda.CUDAGraph()
             self.graph.register_generator_state(self.generator)
-            # thread_local: the loader's thread pins memory meanwhile, which must not spoil the recording
-            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):      # records, and runs nothing
-                self.result = self.function(*self.inputs)
+            gc.collect()                                   # or Python may clear away an earlier stage's graphs in the middle of recording,
+            gc.disable()                                   # and freeing memory spoils a recording
+            try:
+                # thread_local: the loader's thread pins memory meanwhile, which must not spoil the recording
+                with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):  # records, and runs nothing
+                    self.result = self.function(*self.inputs)
+            finally:
+                gc.enable()
         for mine, value in zip(self.inputs, inputs):
             mine.copy_(value)
         self.graph.replay()
