@@ -195,5 +195,5 @@ def configs(draw, min_chunks: int = 1, attention=("mla", "dense"), layers: int =
         latent=draw(st.integers(2, 12)), query_latent=draw(st.integers(2, 16)), ffn=draw(st.integers(1, 12)),
         channels=draw(st.integers(1, 3)), patch=patch, height=patch * draw(st.integers(1, 3)), width=patch * draw(st.integers(1, 3)),
         words=5, slots=draw(st.integers(1, 3)), frames=frames, chunk=chunk, window=window, sink=draw(st.integers(0, window - chunk)),
-        norm=draw(st.booleans()))
+        norm=draw(st.booleans()), place=draw(st.booleans()))
     return chosen | fixed

@@ -105,6 +105,8 @@ def video_dit(W: dict, video, times, features, caption, visible, c) -> np.ndarra
         return x @ W[name + ".weight"].T + W[name + ".bias"]
 
     x = linear("embed", np.stack([video[f, :, i * p:(i + 1) * p, j * p:(j + 1) * p].ravel() for f, i, j in places]))
+    if "place" in W:                                       # says where in its frame a token stands, and not when
+        x = x + np.stack([W["place"][i * (c.width // p) + j] for _, i, j in places])
     time = linear("time.2", silu(linear("time.0", features)))                          # [F, E]
     level = linear("level.1", silu(time)).reshape(len(video), 6, c.dim)
     words, everything = W["words.weight"][caption], np.ones((len(at), len(caption)), bool)

@@ -216,6 +216,8 @@ MUTANTS = [Mutant(*entry) for entry in (
      streaming.test_sigma_0_is_clean_and_sigma_1_is_noise),
     ("gates do not start at zero", MODEL, "self.level[1].weight.zero_()", "pass",
      streaming.test_a_new_model_is_silent_until_it_learns),
+    ("places counted from the wrong end", MODEL, "self.embed(x) + self.place ", "self.embed(x) + self.place.flip(0) ",
+     streaming.test_the_whole_network_is_a_page_of_numpy),
     ("shift and scale exchanged", MODEL, "modulate(F.layer_norm(x, (E,)), s1, c1)", "modulate(F.layer_norm(x, (E,)), c1, s1)",
      streaming.test_the_whole_network_is_a_page_of_numpy),
     ("FFN behind the gate of attention", MODEL, "torch.addcmul(x, g2, self.ffn", "torch.addcmul(x, g1, self.ffn",
