@@ -190,7 +190,7 @@ def draw(result: dict, path: Path) -> None:
         if metric in ("speed", "residual"):
             axis.axhline(1, color="0.6", linewidth=0.8)
         axis.set_title(title)
-        axis.set_ylim(0, None if metric in ("speeds", "residual") else 1.05)
+        axis.set_ylim(0, None if metric in ("speed", "speeds", "residual") else 1.05)
     for axis in axes[-1]:
         axis.set_xlabel("frame (trained on 12), mean of 120")
     axes[0][0].legend(loc="lower right")

@@ -214,6 +214,19 @@ def test_an_old_window_can_be_renamed(code, sizes, chunks, more, B, seed):
     assert_same(rest[1], rest[0], EXACT, "a renamed window is another window")
 
 
+def test_a_renamed_window_keeps_its_order(code):
+    """Each frame carries its number. After `rewind` the frame at each position is the same, whatever slot the oldest one was in."""
+    for sink, committed in ((sink, sink + more) for sink in (0, 1) for more in range(4, 12)):
+        cache = code.cache.RollingCache(1, 1, (1, 1), tokens=1, chunk=1, window=sink + 5, sink=sink, horizon=sink + 5)
+        for frame in range(committed):
+            cache.commit([(torch.full((1, 1, 1), float(frame)),) * 2])
+        before, _ = cache.positions()[0].tolist(), cache.rewind()
+        assert cache.frames().numel() == sink + 4
+        held = dict(zip(cache.positions()[0].tolist(), cache.buffers[0].flatten().tolist()))
+        wanted = {position: position if position < sink else committed - (sink + 4 - position) for position in before}
+        assert held == wanted, f"after {committed} frames, renamed: {held} (position: frame); what was there: {wanted}"
+
+
 def test_a_window_that_is_not_full_keeps_its_names(code):
     cache = code.cache.RollingCache(1, 1, (2, 2), tokens=1, chunk=1, window=4, sink=1, horizon=6)
     with pytest.raises(ValueError, match="only a full window"):
