@@ -42,12 +42,6 @@ def results(name: str) -> dict:
     return json.loads((ROOT / "results" / name).read_text())
 
 
-def quality() -> tuple[str, dict]:
-    """The GPU's results if they are there, else the CPU's."""
-    name = "quality.json" if (ROOT / "results/quality.json").exists() else "quality_cpu.json"
-    return name, results(name)
-
-
 def markdown(head: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
 
@@ -80,7 +74,7 @@ def late(run: dict, stage: str, metric: str) -> float:
 
 def three() -> str:
     """Memory, quality, speed: the number, its machine, its command."""
-    bench, (name, found) = results("bench_h100.json"), quality()
+    bench, found = results("bench_h100.json"), results("quality.json")
     memory, points, rollout = bench["sections"]["memory"]["wan1.3b"], attention_points(bench), bench["sections"]["rollout"]
     runs = {kind: [late(run, "dmd", "survival") for run in found["runs"] if run["attention"] == kind] for kind in ("mla", "dense")}
     survive = ", ".join(f"{label} **{spread(runs[kind], percent)}**" for kind, label in (("mla", "MLA"), ("dense", "dense")) if runs[kind])
@@ -122,9 +116,7 @@ def stages() -> str:
 
 
 def minute() -> str:
-    name, found = quality()
-    clock = {run["attention"]: run for run in results("quality_clock_cpu.json")["runs"]} if name == "quality_cpu.json" else {}
-    rows, seeds = [], {}
+    found, rows, seeds = results("quality.json"), [], {}
     for kind in dict.fromkeys(run["attention"] for run in found["runs"]):
         runs = [run for run in found["runs"] if run["attention"] == kind]
         seeds[kind] = len(runs)
@@ -132,17 +124,16 @@ def minute() -> str:
             cells = [spread([late(run, stage, metric) for run in runs], show) for metric, show in
                      (("survival", percent), ("match", percent), ("speed", "{:.2f}".format), ("residual", "{:.1f}".format))]
             switched = [run["stages"][stage]["switch"][2] for run in runs if "switch" in run["stages"][stage]]
-            timed = [clock[kind]] if kind in clock else runs
-            seconds = mean(run["stages"][stage]["seconds_per_chunk"] for run in timed)
+            seconds = mean(run["stages"][stage]["seconds_per_chunk"] for run in runs)
             at = runs[0]["stages"][stage]["frames"]
             rows.append([f"{kind.replace('mla', 'MLA')}, `{stage.split(',')[0]}`{stage[2:] if ',' in stage else ''}", at, *cells,
                          spread(switched, percent) if switched else "-", f"{1000 * seconds:.{0 if seconds > 0.1 else 1}f}"])
     head = ["", "frames", "survive", "frames that show their caption", "speed / true", "jerkiness / true", "new caption, third chunk",
             "ms a chunk"]
     how = f"mean [least, most] of {max(seeds.values())} seeds" if max(seeds.values()) > 1 else "one seed"
-    clocked = "; clock: [a run of its own](results/quality_clock_cpu.json), as other jobs disturbed this one's" if clock else ""
-    said = f"{found['rollouts']} videos at once, {how}, means over the last 120 frames{clocked}; {origin(name, found)}"
-    return markdown(head, rows) + f"\n\n({said}; [curves](results/{Path(name).stem}.png).)"
+    said = f"{found['rollouts']} videos at once, {how}, means over the last 120 frames; {origin('quality.json', found)}"
+    pictures = ", ".join(f"[{what}](results/quality{end}.png)" for what, end in (("curves", ""), ("tf", "_tf"), ("cd", "_cd"), ("dmd", "_dmd")))
+    return markdown(head, rows) + f"\n\n({said}; {pictures}.)"
 
 
 # ---- attention: which row wins is read off --------------------------------------------------------------------------
