@@ -132,7 +132,8 @@ def minute() -> str:
             "ms a chunk"]
     how = f"mean [least, most] of {max(seeds.values())} seeds" if max(seeds.values()) > 1 else "one seed"
     said = f"{found['rollouts']} videos at once, {how}, means over the last 120 frames; {origin('quality.json', found)}"
-    pictures = ", ".join(f"[{what}](results/quality{end}.png)" for what, end in (("curves", ""), ("tf", "_tf"), ("cd", "_cd"), ("dmd", "_dmd")))
+    which = ("curves", ""), ("tf", "_tf"), ("cd", "_cd"), ("dmd", "_dmd")
+    pictures = ", ".join(f"[{what}](results/quality{end}.png)" for what, end in which)
     return markdown(head, rows) + f"\n\n({said}; {pictures}.)"
 
 
