@@ -86,7 +86,7 @@ class Measure:
         torch.cuda.synchronize()
         a, b = (torch.cuda.Event(enable_timing=True) for _ in "ab")
         a.record(); calls[0](); b.record(); b.synchronize()
-        rounds = max(1, min(8, int(4 / max(a.elapsed_time(b), 1e-3) / len(calls))))
+        rounds = max(1, min(100, int(4 / max(a.elapsed_time(b), 1e-3) / len(calls))))       # too few, and what ran before shows
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls * rounds:
