@@ -337,6 +337,8 @@ def read_prompts(prompts: list[str]) -> tuple[Tensor, dict[int, Tensor]]:
 def cache_line(model: VideoDiT, batch: int) -> str:
     """Bytes of this model's cache, and of its dense twin's if it is not dense itself, both read from allocated buffers."""
     mine = model.make_cache(batch)
+    if not mine.nbytes:
+        return "cache        0 bytes: a chunk fills the window, nothing of the past is kept"
     line = f"cache        {mine.nbytes:,} bytes for {batch} video{'s' * (batch > 1)}, however long"
     if model.config.attention == "dense":
         return line

@@ -246,3 +246,9 @@ def test_cache_bytes_of_the_paper():
     assert 1 - sizes["mla"] / sizes["dense"] == pytest.approx(0.927, abs=5e-4)
     whole_window = 30 * 32_760
     assert [round(size * whole_window / 1e9, 2) for size in sizes.values()] == [0.44, 6.04]
+
+
+def test_a_chunk_that_fills_the_window_keeps_nothing():
+    """Found by forged configs: no past, no bytes, and no division by them."""
+    model = VideoDiT(replace(PRESETS["toy"], layers=1, chunk=12))
+    assert sample.cache_line(model, 1).startswith("cache        0 bytes")
