@@ -158,7 +158,7 @@ def _compiled(function):
 
 
 # torch prefers cuDNN on Hopper and Blackwell; with neither of the two SDPA raises: no quiet third choice. (Never set_priority=True: leaving
-# it writes back an order in which flash is first, and every later SDPA of the process, dense layers too, takes 1.7 times as long.)
+# it may write back an order in which flash is first, and then every later SDPA of the process, dense layers too, is slow.)
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 SCRATCH = 2**31                 # bytes of K and V at a time; beyond it the videos of a batch take turns (paper: 201 MB a video)
 

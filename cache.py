@@ -8,7 +8,7 @@
 Two facts make it this small.
 1.  Attention is a sum over keys, so the order of slots is irrelevant once positions are data (`positions`). A ring needs
     no shifting; released research code copies gigabytes per chunk to keep slots in temporal order.
-2.  What is stored carries no position. MLA stores the normed latent c_kv and the *unrotated* positional key
+2.  What is stored has no place in time. MLA stores the normed latent c_kv and the *unrotated* positional key
     k_rope, the dense baseline its unrotated keys and its values; rotation happens at read. So a slot can be given
     another position tomorrow without being touched.
 

@@ -6,7 +6,7 @@
     python train.py --data digits --out out/digits     real handwritten digits that move (needs scikit-learn)
     python train.py --data clips.npy --out out/mine    your own clips
     python train.py --attention dense --out out/dense  the baseline: the same model with standard attention
-    python train.py --deterministic                    the same bits every time, on a GPU too
+    python train.py --deterministic                    the same bits every time
     python train.py --resume --steps 4000              go on from out/train.pt up to 4000 steps in all
 
 Writes to --out: train.pt (all that is needed to go on), STAGE.pt (the weights a stage ends with), model.pt (those that sample.py plays: of
@@ -199,8 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="judge 64 rollouts every so many steps, too; 0: never")
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="steps between two saves of train.pt")
     parser.add_argument("--shard", action="store_true", help="with torchrun: divide weights and optimisers among the processes, too")
-    parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the passes over whole clips: on a GPU steps are twice "
-                        "as fast, after a minute of compiling; needs a C compiler")
+    parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the passes over whole clips: on a GPU faster "
+                        "steps, after a minute of compiling; needs a C compiler")
     parser.add_argument("--deterministic", action="store_true", help="the same bits from every run with the same flags, device, number of "
                         "processes and threads, and versions; slower on a GPU")
     parser.add_argument("--seed", type=int, default=0)

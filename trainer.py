@@ -51,8 +51,8 @@ class Recipe:
     seed: int = 0
 
 
-# What differs from the recipe above, by stage and by machine. Distillation moves little and must not shake what teacher forcing has learned:
-# at four times these rates cd made motion twice as jerky. Its target must pass an answer down 48 levels, so its memory is short.
+# What differs from the recipe above, by stage and by machine. Distillation moves little, and at a high rate it shakes what teacher forcing
+# has learned: motion turns jerky. The target of cd must pass an answer down 48 levels, so its memory is short.
 DISTILL = {"cd": dict(lr_muon=1.5e-4, lr_adamw=7.5e-5, drop=0.0, ema=0.98), "dmd": dict(lr_muon=1e-4, lr_adamw=5e-5, critic=4.0, drop=0.0)}
 ON_CPU = {"score": dict(steps=1000), "tf": dict(steps=1600), "cd": dict(steps=300), "dmd": dict(steps=300)}
 ON_GPU = {"score": dict(steps=8000, batch=64, lr_muon=4.5e-3, ema=0.998), "tf": dict(steps=12_000, batch=64, lr_muon=4.5e-3, ema=0.998),
@@ -73,13 +73,13 @@ def blend(into: list[Tensor], other: list[Tensor], share: Tensor) -> None:
     torch._foreach_add_(into, difference)
 
 
-def side_by_side(actions: list) -> None:
-    """Do them all; on a GPU each on a stream of its own, since the small products of one fill a hundredth of it."""
-    if not torch.cuda.is_initialized():
+def side_by_side(actions: list, device: torch.device) -> None:
+    """Do them all; where steps are recorded each on a stream of its own, since the small products of one leave most of a GPU idle."""
+    if not recordable(device):
         for action in actions:
             action()
         return
-    here, streams = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in actions]
+    here, streams = torch.cuda.current_stream(device), [torch.cuda.Stream(device) for _ in actions]
     for action, stream in zip(actions, streams):
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
@@ -110,7 +110,7 @@ class Learner:
             loss = mean_over_processes(loss, self.weights)
         torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
         before = [weight.detach().clone() for weight in self.weights]
-        side_by_side([optimiser.step for optimiser in self.optimisers])
+        side_by_side([optimiser.step for optimiser in self.optimisers], loss.device)
         for weight in self.weights:
             weight.grad = None
         with torch.no_grad():
@@ -160,8 +160,8 @@ class Recorded:
         if self.graph is None:
             self.inputs, self.graph = [value.clone() for value in inputs], torch.cuda.CUDAGraph()
             self.graph.register_generator_state(self.generator)
-            gc.collect()                                   # or Python may clear away an earlier stage's graphs in the middle of recording,
-            gc.disable()                                   # and freeing memory spoils a recording
+            gc.collect()                                   # freeing GPU memory spoils a recording: Python must not clear away an earlier
+            gc.disable()                                   # stage's graphs in the middle of this one
             try:
                 # thread_local: the loader's thread pins memory meanwhile, which must not spoil the recording
                 with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):  # records, and runs nothing
@@ -177,7 +177,6 @@ class Recorded:
 def compiled(model: VideoDiT, backend: str = "inductor") -> VideoDiT:
     """The same weights, with blocks that torch.compile fuses, for the passes over whole clips: all blocks share one graph. Rollouts take
     the model itself: their shapes grow from chunk to chunk."""
-    torch._dynamo.reset()                                  # the graphs of one stage do not count against the next one's limit
     twin = copy.copy(model)
     twin._modules = model._modules | {"blocks": [torch.compile(block, dynamic=False, backend=backend) for block in model.blocks]}
     return twin
@@ -231,6 +230,7 @@ class Trainer:
         # would cut off those of a later pass with them.
         half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+        torch._dynamo.reset()                              # graphs of an earlier stage do not count against the limit of this one's
         fast = (lambda network: compiled(network, compile)) if compile else (lambda network: network)
         self.on_clips = {name: fast(network) for name, network in (
             ("model", self.model), ("ema", self.ema), ("teacher", getattr(self, "teacher", None)), ("score", getattr(self, "score", None)),

@@ -127,7 +127,7 @@ def judge_run(args, attention: str, seed: int, device, path: Path) -> dict:
                     f"--device={args.device}", *steps, *["--compile"] * (device.type == "cuda"),
                     *["--resume"] * (folder / "train.pt").exists()])
     kept = folder / f"judged_{args.rollouts}_{args.frames}.json"                       # several processes may share the work, a run each
-    if kept.exists():
+    if kept.exists() and kept.stat().st_mtime > (folder / "dmd.pt").stat().st_mtime:   # not what was judged before it was trained again
         return json.loads(kept.read_text())
     truth, captions = make_world("shapes", frames=STRETCH, seed=10_000 + seed).batch(range(args.rollouts))
     found = {"attention": attention, "seed": seed, "stages": {}, "training_seconds": {

@@ -220,8 +220,8 @@ def test_a_renamed_window_keeps_its_order(code):
         cache = code.cache.RollingCache(1, 1, (1, 1), tokens=1, chunk=1, window=sink + 5, sink=sink, horizon=sink + 5)
         for frame in range(committed):
             cache.commit([(torch.full((1, 1, 1), float(frame)),) * 2])
-        before, _ = cache.positions()[0].tolist(), cache.rewind()
-        assert cache.frames().numel() == sink + 4
+        before = cache.positions()[0].tolist()
+        cache.rewind()
         held = dict(zip(cache.positions()[0].tolist(), cache.buffers[0].flatten().tolist()))
         wanted = {position: position if position < sink else committed - (sink + 4 - position) for position in before}
         assert held == wanted, f"after {committed} frames, renamed: {held} (position: frame); what was there: {wanted}"

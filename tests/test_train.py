@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import train
 from checkpoint import load_model, read_checkpoint, write_atomically
@@ -130,19 +131,25 @@ def test_other_data_trains_and_samples(tmp_path, data, attention):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_compiled_passes_train_alike(stage):
-    """`--compile` changes how a pass over whole clips is computed, not what: same losses, same weights. (By a backend without a compiler.)"""
-    def losses(backend):
+    """`--compile` changes how a pass over whole clips is computed, not what: same losses, same steps to 1e-5 of their length (float32 in
+    another order is off by less than 1e-7; a pass that loses a gradient by all of it). By a backend that needs no compiler."""
+    def run(backend):
         torch.manual_seed(0)
         model = VideoDiT(CONFIG)
         torch.nn.init.normal_(model.head.weight, std=0.05)
         trainer = Trainer(model, recipe_for(stage, torch.device("cpu"), steps=4, batch=4), make_world("shapes"), torch.device("cpu"), model,
                           compile=backend)
+        learner = trainer.critic or trainer.learner        # dmd's first generator step is zero: real score and critic are the same yet
+        before = [weight.detach().clone() for weight in learner.weights]
         for batch in trainer.batches():
             trainer.update(*batch)
         trainer.read_losses()
         assert set(trainer.state()["ema"]) == set(model.state_dict()), "a checkpoint must not show how its weights were trained"
-        return [value for pairs in trainer.losses.values() for _, value in pairs], [p.detach() for p in trainer.model.parameters()]
+        return [value for pairs in trainer.losses.values() for _, value in pairs], \
+            torch.cat([(new.detach() - old).flatten() for new, old in zip(learner.weights, before)])
 
-    (plain, weights), (fused, others) = losses(None), losses("aot_eager")
-    assert fused == pytest.approx(plain, rel=1e-4), f"{stage}: losses of compiled passes differ"
-    assert all((a - b).abs().max() < 1e-3 for a, b in zip(weights, others)), f"{stage}: compiled passes leave other weights"
+    counters.clear()
+    (plain, moved), (fused, other) = run(None), run("aot_eager")
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled: this comparison proves nothing"
+    assert fused == pytest.approx(plain, rel=1e-5, abs=1e-9), f"{stage}: losses of compiled passes differ"
+    assert moved.norm() > 1e-4 and (moved - other).norm() < 1e-5 * moved.norm(), f"{stage}: compiled passes leave other weights"
