@@ -119,8 +119,9 @@ def stages() -> str:
 def minute() -> str:
     found, rows = results("quality.json"), []
     for kind in dict.fromkeys(run["attention"] for run in found["runs"]):
-        runs = [run for run in found["runs"] if run["attention"] == kind]
-        for stage in runs[0]["stages"]:
+        every = [run for run in found["runs"] if run["attention"] == kind]
+        for stage in every[0]["stages"]:
+            runs = [run for run in every if stage in run["stages"]]
             cells = [spread([late(run, stage, metric) for run in runs], show) for metric, show in
                      (("survival", percent), ("match", percent), ("speed", "{:.2f}".format), ("residual", "{:.1f}".format))]
             switched = [run["stages"][stage]["switch"][2] for run in runs if "switch" in run["stages"][stage]]
@@ -129,10 +130,10 @@ def minute() -> str:
             rows.append([f"{kind.replace('mla', 'MLA')}, `{stage.split(',')[0]}`{stage[2:] if ',' in stage else ''}", at, *cells,
                          spread(switched, percent) if switched else "-", f"{1000 * seconds:.{0 if seconds > 0.1 else 1}f}"])
     head = ["", "frames", "survive", "frames that show their caption", "speed / true", "jerkiness / true", "new caption, third chunk",
-            "ms a chunk"]
+            "ms a chunk, least of seeds"]
     numbers = sorted({run["seed"] for run in found["runs"]})
-    how = f"mean [least, most] of seeds {', '.join(map(str, numbers))}" if len(numbers) > 1 else "one seed"
-    said = f"{found['rollouts']} videos at once, {how}, means over the last 120 frames, the fastest seed's time; {origin('quality.json', found)}"
+    how = f"mean [least, most] of seeds {', '.join(map(str, numbers))} (a lone number is seed 0's)" if len(numbers) > 1 else "one seed"
+    said = f"{found['rollouts']} videos at once, {how}, means over the last 120 frames; {origin('quality.json', found)}"
     which = ("curves", ""), ("tf", "_tf"), ("cd", "_cd"), ("dmd", "_dmd")
     pictures = ", ".join(f"[{what}](results/quality{end}.png)" for what, end in which)
     return markdown(head, rows) + f"\n\n({said}; {pictures}.)"
