@@ -205,7 +205,7 @@ def table(result: dict) -> None:
     print(f"| {' | '.join(head)} |\n|" + "---|" * len(head))
     for attention in dict.fromkeys(run["attention"] for run in result["runs"]):
         for stage in ("tf", "tf, 48 steps", "cd", "dmd"):
-            rows = [run["stages"][stage] for run in result["runs"] if run["attention"] == attention]
+            rows = [run["stages"][stage] for run in result["runs"] if run["attention"] == attention and stage in run["stages"]]
             cells = []
             for metric in METRICS:
                 values = [mean(row["curves"][metric][-10:]) for row in rows]

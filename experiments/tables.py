@@ -113,7 +113,7 @@ def stages() -> str:
                      percent(report["survival"]["survival"]) if report["survival"] else "-"])
     whole = minutes(sum(report["training_seconds"] for report in found["stages"].values()))
     return markdown(["stage", "given", "learns", "passes a chunk", f"training, {found['device']}", "survive 120 frames"], rows) + \
-        f"\n\n({whole} in all, one seed; {origin('stages_cpu.json', found)}.)"
+        f"\n\n({whole} in all, one seed; {origin('stages_cpu.json', found)}; `dmd` is an earlier recipe's.)"
 
 
 def minute() -> str:

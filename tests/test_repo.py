@@ -29,6 +29,7 @@ from attention import crossing, route_flops
 from checkpoint import load_model, save_model
 from experiments import pictures, stamp, tables
 from mla_video import PRESETS, VideoDiT
+from trainer import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -152,6 +153,7 @@ def said() -> dict[str, bool]:
     with torch.device("meta"):
         mine, dense = (VideoDiT(replace(toy, attention=kind)).make_cache(len(sample.PROMPTS)).nbytes for kind in ("mla", "dense"))
         parameters = sum(weight.numel() for weight in VideoDiT(toy).parameters())
+    toy_seconds = sum(stage["training_seconds"] for stage in results("toy.json")["stages"].values())
     endless, profiles = results("endurance.json"), (ROOT / "tests/conftest.py").read_text()
     return {
         "2605.30351": True, "2405.04434": True, "2506.08009": True,                    # names of papers
@@ -169,9 +171,10 @@ def said() -> dict[str, bool]:
         "1.57": round(cost["absorbed"] / cost["materialised"], 2) == 1.57,
         "11": "(11)" in (ROOT / "attention.py").read_text(), "13": "(13)" in (ROOT / "attention.py").read_text(),
         "125": len(importlib.import_module("test_mutants").MUTANTS) == 125,
-        "95 %": True, "1.3": True,                         # targets, named as not reached
+        "1.3": True,                                       # a target, named as not reached
         "0.5": "0.5 * SPEEDS" in (ROOT / "toy_data.py").read_text(), "1.5": "1.5 * SPEEDS" in (ROOT / "toy_data.py").read_text(),
         "16": toy.height == toy.width == 16, "1.4": round(parameters / 1e6, 1) == 1.4,
+        "7.5": round(toy_seconds / 60, 1) == 7.5, "600": round(toy.frames / Recipe.restart) == 600,
         "14": True,                                        # billions of parameters of the paper's judge
     }
 
