@@ -117,11 +117,12 @@ def stages() -> str:
 
 
 def minute() -> str:
-    found, rows = results("quality.json"), []
+    found, rows, alone = results("quality.json"), [], set()
     for kind in dict.fromkeys(run["attention"] for run in found["runs"]):
         every = [run for run in found["runs"] if run["attention"] == kind]
         for stage in every[0]["stages"]:
             runs = [run for run in every if stage in run["stages"]]
+            alone |= {run["seed"] for run in runs if len(runs) == 1}
             cells = [spread([late(run, stage, metric) for run in runs], show) for metric, show in
                      (("survival", percent), ("match", percent), ("speed", "{:.2f}".format), ("residual", "{:.1f}".format))]
             switched = [run["stages"][stage]["switch"][2] for run in runs if "switch" in run["stages"][stage]]
@@ -132,7 +133,8 @@ def minute() -> str:
     head = ["", "frames", "survive", "frames that show their caption", "speed / true", "jerkiness / true", "new caption, third chunk",
             "ms a chunk, least of seeds"]
     numbers = sorted({run["seed"] for run in found["runs"]})
-    how = f"mean [least, most] of seeds {', '.join(map(str, numbers))} (a lone number is seed 0's)" if len(numbers) > 1 else "one seed"
+    how = f"mean [least, most] of seeds {', '.join(map(str, numbers))}" if len(numbers) > 1 else "one seed"
+    how += f" (without brackets: of seed {', '.join(map(str, alone))} alone)" if alone and len(numbers) > 1 else ""
     said = f"{found['rollouts']} videos at once, {how}, means over the last 120 frames; {origin('quality.json', found)}"
     which = ("curves", ""), ("tf", "_tf"), ("cd", "_cd"), ("dmd", "_dmd")
     pictures = ", ".join(f"[{what}](results/quality{end}.png)" for what, end in which)
