@@ -57,7 +57,7 @@ class Recipe:
 # (on a GPU) rates are lower and it is longer.
 DISTILL = {"cd": dict(lr_muon=1.5e-4, lr_adamw=7.5e-5, drop=0.0, ema=0.98), "dmd": dict(lr_muon=1e-4, lr_adamw=5e-5, critic=4.0, drop=0.0)}
 ON_CPU = {"score": dict(steps=1000), "tf": dict(steps=1600), "cd": dict(steps=300), "dmd": dict(steps=300)}
-ON_GPU = {"score": dict(steps=14_000, batch=64, lr_muon=4.5e-3, ema=0.998), "tf": dict(steps=6000, batch=64, lr_muon=4.5e-3, ema=0.998),
+ON_GPU = {"score": dict(steps=14_000, batch=64, lr_muon=4.5e-3, ema=0.998), "tf": dict(steps=20_000, batch=64, lr_muon=4.5e-3, ema=0.998),
           "cd": dict(steps=2000, batch=64, lr_muon=7.5e-5, lr_adamw=4e-5, ema=0.99), "dmd": dict(steps=1200, batch=64)}
 
 

@@ -137,15 +137,13 @@ def judge_run(args, attention: str, seed: int, device, path: Path) -> dict:
         model.to(device)
         # One CUDA graph a pass, without Inductor: a toy pass is all launches, and there are 24 models to wait for.
         how = {**SAMPLERS[stage], **how, "compile": "eager" if device.type == "cuda" else False}
-        frames = args.frames if "48" not in name else min(args.frames, 240)
-        points, seconds, video = curves(model, captions, truth, frames, seed, **how)
-        found["stages"][name] = {"frames": frames, "seconds_per_chunk": round(seconds, 5), "curves": points}
-        if frames == args.frames:
-            found["stages"][name]["switch"] = switch_test(model, captions, seed, **how)
-            if (attention, seed) == ("mla", 0):
-                contact_sheet(video, path.with_name(f"quality_{stage}.png"))
-        last = {name: values[-1] for name, values in points.items()}
-        print(f"{attention} {seed} {name:12} at frame {frames}:", ", ".join(f"{key} {value:.3f}" for key, value in last.items()), flush=True)
+        points, seconds, video = curves(model, captions, truth, args.frames, seed, **how)
+        found["stages"][name] = {"frames": args.frames, "seconds_per_chunk": round(seconds, 5), "curves": points,
+                                 "switch": switch_test(model, captions, seed, **how)}
+        if (attention, seed) == ("mla", 0) and name == stage:
+            contact_sheet(video, path.with_name(f"quality_{stage}.png"))
+        last = ", ".join(f"{metric} {values[-1]:.3f}" for metric, values in points.items())
+        print(f"{attention} {seed} {name:12} at frame {args.frames}: {last}", flush=True)
         torch._dynamo.reset()                              # or the graphs of one model count against the next one's limit
     kept.write_text(json.dumps(found))
     return found
