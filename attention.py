@@ -53,11 +53,6 @@ from rope3d import Rope3D, axis_pairs, rotate
 
 Table = tuple[Tensor, Tensor]                              # (cos, sin), each [tokens, R/2]
 
-# Every route has this signature. q_nope [B, L, H, N], q_rope [B, L, H, R], c_kv [B, T, C], k_rope [B, T, R], both rope parts
-# unrotated; W_UK [H, N, C], W_UV [H, V, C]; tables of the query and key positions; mask bool [L, T], True = may look.
-# Returns [B, L, H, V].
-
-
 Spans = list[tuple[slice, list[slice]]]                    # (query tokens, all the key tokens they see): a mask in block form
 
 
@@ -71,6 +66,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Spans | None, scale: fl
         return (q @ k.mT * scale).softmax(dim=-1) @ v      # few scores: two plain products beat the CPU's tiled kernel severalfold
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
+
+# Every route has this signature. q_nope [B, L, H, N], q_rope [B, L, H, R], c_kv [B, T, C], k_rope [B, T, R], both rope parts
+# unrotated; W_UK [H, N, C], W_UV [H, V, C]; tables of the query and key positions; mask bool [L, T], True = may look
+# (materialised takes Spans, too). Returns [B, L, H, V].
 
 def attend_reference(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale, mask=None) -> Tensor:
     """Equations (5)-(8), line by line. Slow, holds all L x T scores, and is what the other routes are tested against."""
@@ -164,7 +163,7 @@ SCRATCH = 2**31                 # bytes of K and V at a time; beyond it the vide
 
 
 def attend_fused(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale, mask=None, cut: int | None = None) -> Tensor:
-    """The route for GPUs, same signature and answer as the others in attention.py (test_fast_path.py): `plan` says which query tokens
+    """The route for GPUs, same signature and answer as the others (test_fast_path.py): `plan` says which query tokens
     go to cuDNN by way of K and V and which to `latent_attention`; `cut` overrides it. Raises ValueError, in a line that names the route
     that works, for what it does not take (`why_not_fused`)."""
     (B, L, H, N), (T, C), R, V = q_nope.shape, c_kv.shape[1:], k_rope.shape[-1], W_UV.shape[1]
@@ -238,8 +237,8 @@ def _choose_on(index: int | None, fusable: bool, B: int, *sizes: int) -> str:
 
 
 # ---- The two layers -------------------------------------------------------------------------------------------------
-# Both have three verbs: `rows(x)` is what a token leaves in the cache, `widths` how wide that is, `forward(x, rows, ...)` attends
-# from the tokens x to the rows it is given, its own included. Who may see whom is decided outside.
+# In both `rows(x)` is what a token leaves in the cache, `widths` how wide that is, and `forward(x, rows, ...)` attends from the tokens x
+# to the rows it is given, its own included. Who may see whom is decided outside.
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -311,7 +310,7 @@ class MLA(nn.Module):
         B, L, H, (C, R) = *x.shape[:2], self.heads, self.widths
         N, V = self.W_UK.out_features // H, self.W_UV.out_features // H
         if x.device.type != "cuda":                        # where it is interpreted, fused runs when asked for, not by itself
-            return choose_route(x.shape[1], T, H, N, R, V, C)
+            return choose_route(L, T, H, N, R, V, C)
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.W_UK.weight.requires_grad)
         fusable = why_not_fused(x.device, x.dtype, N, R, V, C, mask, needs_grad) is None
         return _choose_on(x.device.index, fusable, B, L, T, H, N, R, V, C)

@@ -1,6 +1,6 @@
 """The rolling cache of past frames: a ring for the window, a few sink frames that stay, two verbs.
 
-    frames seen   0 1 2 3 4 5 6 7 8          sink 1, chunk 3, window 6: what chunk (6 7 8) may look at
+    frames        0 1 2 3 4 5 6 7 8          sink 1, chunk 3, window 6: what chunk (6 7 8) may look at
     slots         [0][4][5]                  = sink frame 0, the two frames before it (4 5), and itself
                    |  +--+-- ring: the next frames overwrite the oldest slot, nothing is ever moved
                    +-------- sink: never evicted
@@ -74,8 +74,7 @@ class RollingCache:
 
     def _base(self):
         """Where the chunk stands."""
-        base = min(self.seen, self.horizon - self.chunk)
-        return base
+        return min(self.seen, self.horizon - self.chunk)
 
     # ---- the two verbs ------------------------------------------------------------------------------------------
 
@@ -114,14 +113,19 @@ class RollingCache:
         """Name the frames of a full window anew, as if the video were as young as it can be with a full window and its chunk at the
         horizon: what is visible, its positions and the order of eviction stay (test_an_old_window_can_be_renamed). So long videos of any
         age are one case for what must not change from call to call (a recorded graph), and `seen` never overflows."""
-        if self.seen < max(self.slots, self.horizon - self.chunk):
+        if self.seen < self.horizon - self.chunk:
             raise ValueError(f"only a full window at the horizon can be renamed; {self.seen} frames were seen")
         if self.ring:
             oldest = (self.seen - self.sink) % self.ring   # its slot in the ring becomes the first
             self.buffers = tuple(torch.cat((view[:, :, :self.sink], view[:, :, self.sink:].roll(-oldest, 2)), 2).flatten(2, 3)
                                  for view in (buffer.unflatten(2, (self.slots, self.tokens)) for buffer in self.buffers))
-        turns = -(-(self.horizon - self.chunk - self.sink) // max(self.ring, 1))       # whole turns of the ring, rounded up
-        self.seen = self.sink + turns * max(self.ring, 1)
+        self.seen = self.renamed
+
+    @property
+    def renamed(self) -> int:
+        """`seen` after `rewind`, the same for every video: the first whole turn of the ring with the chunk at the horizon."""
+        turns = -(-(self.horizon - self.chunk - self.sink) // max(self.ring, 1))       # rounded up
+        return self.sink + turns * max(self.ring, 1)
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""

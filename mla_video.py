@@ -4,7 +4,7 @@ Video is made chunk by chunk. A chunk is denoised in a few passes while it looks
 when it is clean, one more pass at noise level 0 commits it (`commit`). Training does all chunks of a clip in one
 pass (`forward`, teacher forcing): the sequence is [clean frames | noisy frames], and who sees whom is `allowed`.
 
-Letters: B batch, F frames, P tokens per frame, L tokens of this call, E model width; further letters in attention.py.
+Letters: B batch, F frames, P tokens per frame, L tokens of this call, M caption words, E model width; more in attention.py.
 Reading order: Config, allowed, Block, VideoDiT. tests/test_streaming.py proves that the two ways of running agree.
 """
 
@@ -43,7 +43,7 @@ class Config:
     chunk: int = 3
     window: int = 12                                       # visible frames: sink and the chunk itself included
     sink: int = 0
-    norm: bool = True                                      # RMSNorm on the latents
+    norm: bool = True                                      # RMSNorm on the latents; in dense attention on queries and keys
     place: bool = True                                     # a learned vector for each place in the frame (Wan has none)
 
     def __post_init__(self):
@@ -140,8 +140,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Wan's block: self-attention, cross-attention to the caption, FFN. Six numbers per frame and channel, from the noise level,
-    shift, scale and gate the first and the last; the gates start at zero, so a new block is the identity but for the caption."""
+    """Wan's block: self-attention, cross-attention to the caption, FFN. The noise level gives six numbers per frame and channel: shift,
+    scale and gate of the first, then of the last. Gates and the caption's W_O start at zero: a new block is the identity."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -199,14 +199,14 @@ class VideoDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """All initialisation in one place. Zeros where a residual branch must start silent: gates, head."""
+        """Weights of all projections; zeros where the model must start silent: gates, captions, head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     module.bias.zero_()
         nn.init.normal_(self.words.weight, std=1.0)
-        self.level[1].weight.zero_()                       # gates 0: every block starts as the identity
+        self.level[1].weight.zero_()                       # gates 0
         self.head.weight.zero_()                           # first prediction: v = 0, the mean
         for block in self.blocks:
             block.caption.W_O.weight.zero_()
@@ -233,8 +233,7 @@ class VideoDiT(nn.Module):
             mask = spans(mask, self.config)                # skips what is masked; on a GPU one masked launch is faster
         else:
             mask = mask.repeat_interleave(self.config.tokens, 0).repeat_interleave(self.config.tokens, 1)
-        v, _ = self._run(x, sigma, caption, frame, frame, route, mask=mask, ask=len(frames))
-        return v
+        return self._run(x, sigma, caption, frame, frame, route, mask=mask, ask=len(frames))[0]
 
     def bidirectional(self, x: Tensor, sigma: Tensor, caption: Tensor, route: str = "materialised") -> Tensor:
         """v of a whole clip in which every frame sees every other: the score of whole videos that stages 0 and 3 work with."""
@@ -257,7 +256,7 @@ class VideoDiT(nn.Module):
         past, own = cache.positions()
         return self._run(x, sigma, caption, own, torch.cat((past, own)), route, cache=cache, keep=keep)
 
-    def _run(self, x, sigma, caption, q_frames, k_frames, route, cache=None, mask=None, ask=0, keep=True):
+    def _run(self, x, sigma, caption, q_frames, k_frames, route, cache=None, mask=None, ask=0, keep=False):
         """Patchify, blocks, un-patchify. Queries stand at times q_frames, visible keys at k_frames; frames before `ask`
         are there to be looked at: in the last block they give rows and are not queries."""
         c = self.config
@@ -275,7 +274,7 @@ class VideoDiT(nn.Module):
         all_rows = []
         for i, block in enumerate(self.blocks):
             see = (lambda rows: rows) if cache is None else (lambda rows, i=i: cache.peek(i, rows))
-            last = i == c.layers - 1                       # in the last block only frames from `ask` on are queries
+            last = i == c.layers - 1
             x, rows = block(x, level, caption, see, q_table, k_table, mask, route, ask if last else 0)
             all_rows += [rows] if keep else []             # of all layers: dense, 0.86 GB a video at the paper's size
         shift, scale = (time[:, ask:, None] + self.head_modulation).unsqueeze(3).unbind(2)

@@ -5,8 +5,8 @@
     python sample.py --frames 0 --pictures            without end until Ctrl-C, a PNG file a frame
     python sample.py --checkpoint out/model.pt --evaluate 64        exact metrics over 64 rollouts
 
-The flow-matching convention of the whole repository stands here, beside the sampler that relies on it (train.py
-imports it for the loss, so that sign and direction of time cannot disagree):
+The flow-matching convention of the whole repository stands here, beside the sampler that relies on it (objectives.py
+imports it for the losses, so that sign and direction of time cannot disagree):
     x_sigma = (1 - sigma) x0 + sigma eps            sigma = 0 clean, sigma = 1 noise                          (F1)
     v*      = d x_sigma / d sigma = eps - x0        what the network predicts                                 (F2)
     x_sigma' = x_sigma - (sigma - sigma') v         one Euler step towards the data                           (F3)

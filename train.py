@@ -103,7 +103,8 @@ def repeatable(asked: bool, device: torch.device):
 def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int = 250) -> list[dict]:
     """Run up to recipe.steps in all. Saves at once (what cannot be written is better known now), every `save_every` steps, at the end,
     and on Ctrl-C or SIGTERM. With `curve`, judges 64 rollouts every so many steps and returns what it found; trainer.seconds counts
-    training alone. ValueError that names the loss that went first if training diverges; train.pt is then the last good one."""
+    training with its saves, and not the judging. ValueError that names the loss that went first if training diverges; train.pt is then
+    the last good one."""
     steps, stage, found = trainer.recipe.steps, trainer.recipe.stage, []
     bar = tqdm(total=steps, initial=trainer.step, desc=f"training {stage}", dynamic_ncols=True, disable=rank() > 0)
     if trainer.step == 0:
@@ -124,7 +125,8 @@ def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int = 250) ->
             if saving:
                 save(trainer, out)
             if curve and trainer.step % curve == 0:
-                report = evaluate(trainer.ema, unseen_captions(64, trainer.recipe.seed), 120, trainer.recipe.seed, **SAMPLERS[stage])
+                report = evaluate(trainer.ema, unseen_captions(64, trainer.recipe.seed), 10 * trainer.model.config.frames,
+                                  trainer.recipe.seed, **SAMPLERS[stage])
                 found.append({"step": trainer.step, "seconds": round(trainer.seconds, 1), **report})
                 tqdm.write(f"step {trainer.step}, {trainer.seconds:.0f} s: survival {100 * report['survival']:.0f} %")
                 start = time.perf_counter() - trainer.seconds
@@ -249,8 +251,8 @@ def train_from(args) -> None:
             raise ValueError(f"a batch of {batch} clips cannot be divided among {processes()} processes: choose another --batch")
     if args.curve and (world.name != "shapes" or args.stage == "score"):
         raise ValueError(f"--curve judges rollouts in the shapes world, whose truth is known; not in {world.name}, nor of a score model")
-    if args.stage == "all" and (args.start or args.score):
-        raise ValueError("--stage all makes every start itself: --start and --score are for a single stage")
+    if args.start and args.stage in ("score", "all") or args.score and args.stage != "dmd":
+        raise ValueError(f"--start is for the stages tf, cd and dmd, and --score for dmd; --stage {args.stage} has no use for what you name")
     state = load_state(out / "train.pt", stages, config, world, args, device) if args.resume else None
     if state:
         stages = stages[stages.index(state["recipe"]["stage"]):]
@@ -273,7 +275,7 @@ def check_memory(config: Config, device: torch.device, shards: int) -> None:
     """ValueError in one line if weights, gradients, average and optimisers cannot fit: better than the system's sudden end."""
     with torch.device("meta"):
         one, two = (sum(p.numel() for p in VideoDiT(replace(config, layers=n)).parameters()) for n in (1, 2))
-    need = 4 * 5 * (one + (config.layers - 1) * (two - one)) // shards
+    need = 4 * 5 * (one + (config.layers - 1) * (two - one)) // shards         # 4 bytes: weight, gradient, average, two moments
     room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else need
     if need > room:
@@ -306,7 +308,7 @@ def train_stage(args, recipe: Recipe, config: Config, world, state: dict | None,
     if world.reads:
         print(f"data         {world.reads}")
     print(cache_line(trainer.model, 1))
-    curve = train(trainer, out, args.curve, args.save_every)
+    curve = train(trainer, out, args.curve if stage in SAMPLERS else 0, args.save_every)
     finish(trainer, out)
     if rank():
         return
@@ -353,7 +355,7 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
 
 def read_state(path: Path) -> dict:
     """The training state at `path`, or the one saved before it; ValueError in one line if it is none."""
-    state = read_last_good(path, {"config", "recipe", "data", "step", "seconds", "learner", "critic", "frozen", "videos", "age", "ema",
+    state = read_last_good(path, {"config", "recipe", "data", "step", "seconds", "learner", "critic", "frozen", "videos", "ema",
                                   "losses", "recent"})
     config, recipe = state["config"], state["recipe"]
     if not isinstance(config, dict) or not isinstance(recipe, dict) or recipe.get("stage") not in STAGES or \

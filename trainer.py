@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mla_video import VideoDiT
 from objectives import consistency_loss, critic_loss, dmd_gradient, dmd_loss, score_loss, self_rollout, teacher_forcing_loss
-from parallel import OneStream, all_rows, like, mean_over_processes, my_rows, orthogonalise, recordable, shard, whole, world
+from parallel import OneStream, all_rows, like, mean_over_processes, my_rows, orthogonalise, recordable, shard, whole, world as processes
 from sample import FEW_STEPS
 
 STAGES = ("score", "tf", "cd", "dmd")                      # in this order; each starts from the weights of the one before
@@ -40,7 +40,7 @@ class Recipe:
     final: float = 0.05                                    # the rate at the end, as a share of the peak
     ema: float = 0.99
     clip: float = 1.0
-    drop: float = 0.1                                      # captions replaced by "none", so that guidance exists
+    drop: float = 0.1                                      # score, tf: captions replaced by "none", so that guidance exists
     spread: float = 1.0                                    # of the logit-normal noise level before its shift
     guidance: float = 1.0                                  # of the teacher in cd, of the real score in dmd
     critic: float = 1.0                                    # the critic's rates, as a multiple of the generator's
@@ -54,8 +54,8 @@ class Recipe:
 
 # What differs from the recipe above, by stage and by machine. Distillation moves little, and at a high rate it shakes what teacher forcing
 # has learned: motion turns jerky. The target of cd must pass an answer down 48 levels, so its memory is short; where there are steps enough
-# (on a GPU) rates are lower and it is longer. The critic's own rate stays as it is: it must keep up.
-DISTILL = {"cd": dict(lr_muon=1.5e-4, lr_adamw=7.5e-5, drop=0.0, ema=0.98), "dmd": dict(lr_muon=1e-4, lr_adamw=5e-5, critic=4.0, drop=0.0)}
+# (on a GPU) rates are lower and it is longer. The critic's own (critic x lr) is the same on both: it must keep up.
+DISTILL = {"cd": dict(lr_muon=1.5e-4, lr_adamw=7.5e-5, ema=0.98), "dmd": dict(lr_muon=1e-4, lr_adamw=5e-5, critic=4.0)}
 ON_CPU = {"score": dict(steps=1000), "tf": dict(steps=1600), "cd": dict(steps=300), "dmd": dict(steps=300)}
 ON_GPU = {"score": dict(steps=14_000, batch=64, lr_muon=4.5e-3, ema=0.998), "tf": dict(steps=20_000, batch=64, lr_muon=4.5e-3, ema=0.998),
           "cd": dict(steps=2000, batch=64, lr_muon=7.5e-5, lr_adamw=4e-5, ema=0.99),
@@ -97,7 +97,7 @@ class Learner:
 
     def __init__(self, model: VideoDiT, recipe: Recipe, times: float = 1.0):
         self.model, self.clip, self.weights = model, recipe.clip, list(model.parameters())
-        blocks = [[p for p in block.parameters() if p.dim() == 2 and min(p.shape) > 6] for block in model.blocks]     # 6: its modulation
+        blocks = [[p for p in block.parameters() if p.dim() == 2 and min(p.shape) > 6] for block in model.blocks]     # not 6: modulation
         chosen = {id(p) for matrices in blocks for p in matrices}
         others = [p for p in self.weights if id(p) not in chosen]
         _muon._zeropower_via_newtonschulz = orthogonalise  # instead of torch's, which rounds to bfloat16
@@ -109,7 +109,7 @@ class Learner:
 
     def step(self, loss: Tensor, rate: Tensor) -> Tensor:
         loss.backward()
-        if world() > 1:
+        if processes() > 1:
             loss = mean_over_processes(loss, self.weights)
         torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
         before = [weight.detach().clone() for weight in self.weights]
@@ -224,10 +224,10 @@ class Trainer:
                 shard(network)
         self.learner = Learner(self.model, recipe)
         self.critic = Learner(critic, recipe, recipe.critic) if recipe.stage == "dmd" else None
-        self.step, self.seconds, self.saving = 0, 0.0, 0.0     # seconds of training, and those of them spent on saves since the start
-        self.losses, self.recent = defaultdict(list), []   # every tenth, as numbers; those since, still on the device
+        self.step, self.seconds, self.saving = 0, 0.0, 0.0     # seconds of training with its saves; seconds of all saves since the start
+        self.losses, self.recent = defaultdict(list), []   # means of ten steps, as numbers; those since, still on the device
         self.generator = torch.Generator(device)
-        self.videos, self.age = None, 0                    # dmd: captions and cache of the videos under way
+        self.videos = None                                 # dmd: captions and cache of the videos under way
         # bfloat16 where the GPU has it, in the losses over whole clips: float32's range, so no loss scale and no overflow. Weights, averages,
         # optimisers, losses and everything sampled stay float32. Its cache of cast weights is off: filled in a pass without gradients, it
         # would cut off those of a later pass with them.
@@ -262,8 +262,8 @@ class Trainer:
         """One step on one batch; returns its loss (a tensor on the device: reading it would wait for the GPU)."""
         r, x0, caption = self.recipe, x0.to(self.device, non_blocking=True), caption.to(self.device, non_blocking=True)
         self.generator.manual_seed(r.seed * 1_000_003 + self.step)
-        distilled = r.stage in ("cd", "dmd")               # from scratch: short memory while it learns fast
-        decay = r.ema if distilled else min(r.ema, (1 + self.step) / (10 + self.step))
+        distilled = r.stage in ("cd", "dmd")
+        decay = r.ema if distilled else min(r.ema, (1 + self.step) / (10 + self.step))      # a short memory while it learns fast
         rate, fresh = (torch.full((), value, device=self.device) for value in (self.rate(), 1 - decay))
         if r.stage == "dmd":
             dice = random.Random(f"{r.seed} {self.step}")  # Python's: the shape of the computation depends on it
@@ -279,11 +279,11 @@ class Trainer:
     def _run(self, key, function, *inputs: Tensor) -> tuple[Tensor, ...]:
         if key not in self.recorded:
             self.recorded[key] = Recorded(function, self.generator, self.pool)
-        with OneStream() if world() > 1 else nullcontext():
+        with OneStream() if processes() > 1 else nullcontext():
             return self.recorded[key](*inputs)
 
     def _self_forced(self, function, name: str, dice: random.Random, caption, *numbers) -> Tensor:
-        """A step on a self-rollout: of new videos now and then, else of those of the last step, 12 frames older each time; some of them
+        """A step on a self-rollout: of new videos now and then, else of those of the last step, a clip length older each time; some of them
         change their caption. Exit and kind of start change the computation: one recording for each."""
         exit, new = dice.choice(self.recipe.exits), self.videos is None or dice.random() < self.recipe.restart
         videos = () if new else self.videos
@@ -295,12 +295,11 @@ class Trainer:
         """(video, its captions, what the next step needs to go on with it)."""
         memory = self.model.make_cache(len(caption))
         if buffers:
-            memory.seen, memory.buffers = self.age, tuple(buffer.clone() for buffer in buffers)
+            memory.seen, memory.buffers = memory.renamed, tuple(buffer.clone() for buffer in buffers)
             change = torch.rand(len(caption), 1, generator=self.generator, device=self.device) < self.recipe.switch
             caption = torch.where(change, caption, before)
         video = self_rollout(self.model, caption, memory, exit, self.generator, record)
         memory.rewind()
-        self.age = memory.seen                             # the same for ever after
         return video, caption, (caption, *memory.buffers)
 
     def _step(self, x0, caption, rate, fresh):
@@ -334,7 +333,7 @@ class Trainer:
     def state(self) -> dict:
         """All that `--resume` needs, as tensors and plain values. All processes must ask: what they share is put together."""
         state = {"config": asdict(self.model.config), "recipe": asdict(self.recipe), "data": self.world.name, "step": self.step,
-                 "seconds": self.seconds, "losses": dict(self.losses), "recent": list(self.recent), "age": self.age,
+                 "seconds": self.seconds, "losses": dict(self.losses), "recent": list(self.recent),
                  "videos": self.videos and [all_rows(part, min(i, 1)) for i, part in enumerate(self.videos)],
                  "ema": self.ema.state_dict(), "learner": self.learner.state(), "critic": self.critic.state() if self.critic else None}
         return whole({**state, "frozen": {name: getattr(self, name).state_dict() for name in ("teacher", "score") if hasattr(self, name)}})
@@ -349,7 +348,7 @@ class Trainer:
                     put(state["frozen"][name], getattr(self, name))
             if self.critic:
                 self.critic.restore(state["critic"])
-                self._restore_videos(state["videos"], int(state["age"]))
+                self._restore_videos(state["videos"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.losses = defaultdict(list, {str(name): [(int(step), float(loss)) for step, loss in pairs]
                                              for name, pairs in state["losses"].items()})
@@ -357,13 +356,12 @@ class Trainer:
         except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"not the state of a {self.recipe.stage} run of this model ({type(error).__name__})") from error
 
-    def _restore_videos(self, videos: list[Tensor] | None, age: int) -> None:
+    def _restore_videos(self, videos: list[Tensor] | None) -> None:
         B, c = self.recipe.batch, self.model.config
         wanted = [torch.Size((B, c.slots)), *(buffer.shape for buffer in self.model.make_cache(B).buffers)]
-        if videos and [part.shape for part in videos] != wanted or age < 0:
+        if videos and [part.shape for part in videos] != wanted:
             raise ValueError("its videos under way are of another model")
         self.videos = videos and [part.to(self.device)[(slice(None),) * (i > 0) + (my_rows(B),)] for i, part in enumerate(videos)]
-        self.age = age
 
     def put_together(self) -> None:
         """Training is over: the average as an ordinary model again, on every process."""

@@ -1,6 +1,7 @@
 """What a user types. Good input gives a file; bad input gives one line that says what is wrong and what would be right, exit code 2,
 no traceback, and nothing already written is lost."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mla_video import PRESETS, Config, VideoDiT
 from checkpoint import save_model
 from sample import GifWriter, to_pixels
 from toy_data import WORDS
+from trainer import STAGES
 
 ROOT = Path(__file__).parent.parent
 TINY = replace(PRESETS["toy"], dim=32, layers=1, heads=2, latent=8, query_latent=16, rope=6, ffn=32, words=len(WORDS))
@@ -83,7 +85,9 @@ def test_a_stage_says_what_it_may_start_from(capsys, tmp_path):
     fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--attention=dense", there], "its attention is mla", "dense is needed")
     fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--config=latent=4", there], "its latent is 8", "4 is needed")
     fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--data=occluder", there], "its data is shapes", "occluder is needed")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=all", "--start=x", f"--out={tmp_path}/new"], "--start", "single stage")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=all", "--start=x", f"--out={tmp_path}/new"], "--start", "--stage all")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=score", "--start=x", f"--out={tmp_path}/new"], "--start", "--stage score")
+    fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--score=x", f"--out={tmp_path}/new"], "--score for dmd", "--stage tf")
     fails_in_one_line(capsys, sample.main, [f"--checkpoint={score}"], "is a score model", "tf, cd, dmd")
     train.main([*flags, "--stage=tf", there])
     assert "starts from " + score in capsys.readouterr().out, "tf starts from the score model that is there, and says so"
@@ -93,6 +97,16 @@ def test_a_stage_says_what_it_may_start_from(capsys, tmp_path):
     fails_in_one_line(capsys, train.main, [*flags, "--stage=dmd", there], "needs a score model", "--score")
     train.main([*flags, "--stage=dmd", there, f"--score={tmp_path}/elsewhere.pt"])
     assert {"tf.pt", "cd.pt", "dmd.pt", "model.pt"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_all_stages_in_one_command_with_their_curves(tmp_path):
+    """A score model cannot stream, so it has no curve; the other stages do."""
+    sizes = ("dim=32", "layers=1", "heads=2", "latent=8", "query_latent=16", "rope=6", "ffn=32", "frames=6", "window=6")
+    train.main([*(f"--config={item}" for item in sizes), "--device=cpu", "--batch=2", "--steps=2", "--evaluate=0", "--stage=all",
+                "--curve=2", f"--out={tmp_path}"])
+    curves = {stage: json.loads((tmp_path / f"report_{stage}.json").read_text())["curve"] for stage in STAGES}
+    assert {stage: [point["step"] for point in points] for stage, points in curves.items()} == \
+        {"score": [], "tf": [2], "cd": [2], "dmd": [2]}
 
 
 def test_resume_names_what_differs(capsys, tmp_path):
