@@ -5,7 +5,6 @@ compiled once and, on a GPU, recorded once and replayed.
 """
 
 import copy
-import time
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,9 @@ class FullWindow(RollingCache):
     content of tensors. `seen` is a tensor, so counting recompiles nothing and no number travels between host and GPU; and the
     provisional chunk lives in the buffers, behind the slots, so that `peek` returns them as they are and copies no window.
 
-    Made from a full `RollingCache`, which stays as it was; ValueError if it is not full. The contract differs in one thing: `peek` writes the
-    provisional stretch, and `commit` stores what the last peeks wrote. Inference only. tests/test_fast_path.py: equal to RollingCache.
+    Made from a full `RollingCache`, which stays as it was; ValueError if it is not full. The contract differs: `peek` writes the provisional
+    stretch, `commit` stores what the last peeks wrote, and there is no way back (no reset, no rewind). Inference only.
+    tests/test_fast_path.py: equal to RollingCache.
     """
 
     def __init__(self, cache: RollingCache):
@@ -97,7 +97,6 @@ class CompiledChunk:
         twin = copy.copy(model)                            # the same weights, but its blocks are the compiled one
         twin._modules = model._modules | {"blocks": [self.Layer(block, window, i, step) for i, block in enumerate(model.blocks)]}
         self._pass = lambda x, sigma, caption: twin.denoise(x, sigma, caption, window, route)
-        start = time.perf_counter()
         self.v = self._pass(self.x, self.sigma, self.caption)                          # compiles; writes the provisional rows alone
         self._replay = self._store = None
         if self.x.is_cuda:
@@ -112,7 +111,6 @@ class CompiledChunk:
             with torch.cuda.graph(self._store):            # recorded, not run: the window does not move here
                 window.commit()
             torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - start         # compilation and capture, the first chunk's wait
 
     def _check(self, x: Tensor, cache) -> None:
         if cache is not self.window or x.shape != self.x.shape:

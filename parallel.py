@@ -147,8 +147,8 @@ def whole(state):
     return state.full_tensor() if isinstance(state, DTensor) else state
 
 
-def like(value, model: Tensor):
-    """A whole tensor, sharded as `model` is if it is one."""
-    if not isinstance(model, DTensor) or not isinstance(value, Tensor) or value.shape != model.shape:
+def like(value, pattern: Tensor):
+    """A whole tensor, sharded as `pattern` is if it is one."""
+    if not isinstance(pattern, DTensor) or not isinstance(value, Tensor) or value.shape != pattern.shape:
         return value
-    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)     # all have it: no message
+    return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)  # all have it: no message

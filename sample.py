@@ -63,7 +63,7 @@ def rollout(model: VideoDiT, caption: Tensor, frames: int, *, steps: int = 12, s
             route: str = "auto", switch: dict[int, Tensor] | None = None, exit: int | None = None, record: bool = False,
             memory: RollingCache | None = None, generator: torch.Generator | None = None, compile: bool | str = False,
             say=lambda line: None) -> Iterator[Tensor]:
-    """Yield chunks [B, chunk, channels, height, width] in about [-1, 1] until `frames` frames are made (0: without end).
+    """Yield chunks [B, chunk, channels, height, width] in about [-1, 1] until `frames` frames are made, whole chunks (0: without end).
 
     Every chunk starts as noise, takes `steps` passes while it looks at the cache of its predecessors, and is then committed.
     Memory and time per chunk do not depend on how long the video already is.
@@ -73,13 +73,16 @@ def rollout(model: VideoDiT, caption: Tensor, frames: int, *, steps: int = 12, s
                 something else (sharing one is a classic silent bug).
       switch    {frame: caption [B, slots]}: from the chunk that begins at or after `frame` on, another caption.
       exit      leave every chunk after pass `exit` with its answer (F4); `record` then records the gradient of that one pass.
-                This is the rollout that stage 3 trains on (objectives.self_rollout): there is no second one.
-      memory    go on with the video of this cache, and leave its end there.
+                This is the rollout that stage 3 trains on, too (objectives.self_rollout).
+      memory    go on with the video of this cache, and leave its end there: without guidance, which needs two, and without compiling,
+                whose window is a copy.
       compile   True, or the name of a torch.compile backend: go over to a `CompiledChunk` once the window is full; until then shapes
                 still grow, and passes run eagerly. `say` is told so.
     """
     if sampler not in ("euler", "consistency"):
         raise ValueError(f"sampler must be 'euler' or 'consistency', got {sampler!r}")
+    if memory is not None and (guidance != 1 or compile):
+        raise ValueError("memory is one plain cache: guidance needs a second past, and compiled chunks have a window of their own")
     c, device, few = model.config, model.embed.weight.device, sampler == "consistency"
     sigmas = [shift(1 - i / steps, FEW_SHIFT if few else SHIFT) for i in range(steps + 1)]     # 1 ... 0
     caption, none = caption.to(device), torch.zeros_like(caption, device=device)
@@ -130,7 +133,7 @@ def rollout(model: VideoDiT, caption: Tensor, frames: int, *, steps: int = 12, s
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 def to_pixels(chunk: Tensor, zoom: int = 8) -> np.ndarray:
-    """uint8 [F, zoom * h, B * (zoom * w + gap), 3]: the videos of a batch side by side, pixels blown up."""
+    """uint8 [F, zoom * h, zoom * (B * (w + 1) - 1), 3]: the videos of a batch side by side, pixels blown up, a grey pixel between them."""
     pixels = ((chunk.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().permute(1, 0, 3, 4, 2)   # [F, B, h, w, 3]
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     pixels = torch.nn.functional.pad(pixels, (0, 0, 0, zoom), value=128)               # a grey gap right of each video
@@ -309,8 +312,8 @@ def sample_from(args) -> None:
     seconds = time.perf_counter() - start
     for frame, now in {0: captions, **switch}.items():
         print(f"captions     {f'from {frame}: ' * bool(frame)}{', '.join(decode_caption(caption) or '(none)' for caption in now)}")
-    print(f"speed        {len(captions) * made / seconds:.1f} frames/s ({len(captions)} videos at once, {device.type}, "
-          f"{how['steps']} {how['sampler']} steps a chunk, route {full_route(model, len(captions), args.route)})")
+    print(f"speed        {len(captions) * made / seconds:.1f} frames/s, compiling and writing included ({len(captions)} videos at once, "
+          f"{device.type}, {how['steps']} {how['sampler']} steps a chunk, route {full_route(model, len(captions), args.route)})")
     print(cache_line(model, len(captions)))
     print(f"wrote        {path}" + "/*.png" * args.pictures)
 

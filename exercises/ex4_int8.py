@@ -6,8 +6,8 @@ wrong. Quantise on commit and only there: a row that is dequantised and quantise
 made exact: its rows are provisional. Count the scales: a cache is as large as all its buffers. You write symmetric quantisation with one
 scale per token and part (content, position), and the two verbs of the cache.
 
-Read first: cache.py, `peek` and `commit` (both loop over however many buffers there are, and take whatever dtype a buffer has), "The two
-verbs" in its header, and `bytes_per_token`.
+Read first: cache.py, `peek` and `commit` (both loop over however many buffers there are, and take whatever dtype a buffer has), and
+`bytes_per_token`.
 Hint: to the parent class an int8 row and its scale are just two more things to store: call super().commit with four tensors a layer.
 One number more: rounding to the nearest of steps of size s errs by at most s / 2, and s = max|row| / 127. What does a row of zeros do?
 

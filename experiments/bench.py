@@ -340,7 +340,7 @@ class Bench(Measure):
     # ---- paper B200 -------------------------------------------------------------------------------------------------
 
     def b200(self) -> dict:
-        """Prediction, never measured here: public figures (148 SMs; 8 TB/s of which 85 % taken; cuDNN 9.19 attention 128/128 at 1.67
+        """Prediction, never measured here: public figures (8 TB/s of which 85 % taken; cuDNN 9.19 attention 128/128 at 1.67
         PFLOP/s on GB200, NVIDIA's cudnn-frontend benchmark results; dense bf16 products at 1.7 of 2.25 PFLOP/s peak)."""
         c = PRESETS["wan1.3b"]
         H, N, R, V, C, T = c.heads, c.dim // c.heads - c.rope, c.rope, c.dim // c.heads, c.latent, c.window * c.tokens

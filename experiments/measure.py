@@ -35,7 +35,7 @@ def fit(out: dict) -> fused.Gpu:
     """The constants of `fused.Gpu` from the section `attention` of a results file: every row is one linear equation, counts times
     constants = measured seconds, and all of them are solved for the least squares of the *relative* errors."""
     c, gpu, equations = PRESETS["wan1.3b"], fused.Gpu(), []
-    for point in out["sections"]["attention"]["points"]:
+    for point in (point for point in out["sections"]["attention"]["points"] if "timing" in point):
         L, T, ms = point["L"], point["T"], {name: row["ms"] for name, row in point["timing"].items() if "ms" in row}
         sizes = 1, L, T, c.heads, c.dim // c.heads - c.rope, c.rope, c.dim // c.heads, c.latent
         counts = {route: route_counts(route, *sizes, gpu) for route in ("reference", "materialised", "absorbed")} | {
@@ -49,7 +49,7 @@ def fit(out: dict) -> fused.Gpu:
 
 class StoredRotated(Dense):
     """A dense layer whose cache holds keys already rotated to absolute positions, as released code keeps them: no rotation at read,
-    and no re-indexing of the window either. The strongest dense contender."""
+    and no re-indexing of the window either; here not even the chunk's own. The strongest dense contender."""
 
     def forward(self, x, rows, q_table=None, k_table=None, mask=None, route="auto"):
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.norm_q(self.W_Q(x)), *rows))

@@ -63,8 +63,8 @@ def curves(model, captions, truth, frames: int, seed: int, switch=None, **how):
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-        stretch.append(chunk.clone())
-        kept.append(chunk[:4].cpu())
+        stretch.append(chunk)
+        kept.append(chunk[:4].cpu().clone())               # on a CPU a view would keep all videos
         if len(stretch) * model.config.chunk == STRETCH:
             found.append(judge(torch.cat(stretch, 1).float(), captions, truth))
             stretch.clear()
@@ -119,7 +119,7 @@ def quality(args) -> None:
 
 
 def judge_run(args, attention: str, seed: int, device, path: Path) -> dict:
-    """Train the three stages if they are not there, and judge each; the fourth row is tf with 48 passes a chunk instead of 12."""
+    """Train all stages if they are not there, and judge those that stream; "tf, 48 steps" is tf with 48 passes a chunk instead of 12."""
     folder = Path(args.runs) / f"{attention}_{seed}"
     if not (folder / "report_dmd.json").exists():
         steps = [f"--steps={args.steps}"] if args.steps else []

@@ -218,7 +218,7 @@ def judge(found: dict) -> list[dict]:
           {name: per_seed(name, "kept", median) for name in OPTIMISERS}, 0.38, 0.54, needs, noise,
           f"untrained {noise:.3f}; with K and V balanced {balanced[0]:.3f} and {balanced[1]:.3f}")
 
-    # Two claims of quality. The first was added when a quick run had shown that small models give no rollouts for the second to judge.
+    # Two claims of quality, the first for models too small to give rollouts that the second could judge.
     for where, keys, share in (("after a true past", ("colour", "place"), "frames"), ("in long rollouts", ("survival",), "rollouts")):
         gap = lambda kind, width: {key: [q[kind][width][key] - q["dense_tuned"][key] for q in Q] for key in keys}
         middle = lambda kind, width: ", ".join(f"{key} {mean(values):+.3f}" for key, values in gap(kind, width).items())

@@ -117,25 +117,21 @@ def stages() -> str:
 
 
 def minute() -> str:
-    found, rows, alone = results("quality.json"), [], set()
+    found, rows = results("quality.json"), []
     for kind in dict.fromkeys(run["attention"] for run in found["runs"]):
-        every = [run for run in found["runs"] if run["attention"] == kind]
-        for stage in every[0]["stages"]:
-            runs = [run for run in every if stage in run["stages"]]
-            alone |= {run["seed"] for run in runs if len(runs) == 1}
-            cells = [spread([late(run, stage, metric) for run in runs], show) for metric, show in
-                     (("survival", percent), ("match", percent), ("speed", "{:.2f}".format), ("residual", "{:.1f}".format))]
-            switched = [run["stages"][stage]["switch"][2] for run in runs if "switch" in run["stages"][stage]]
+        runs = [run for run in found["runs"] if run["attention"] == kind]
+        for stage in runs[0]["stages"]:
+            cells = [spread([late(run, stage, metric) for run in runs], show) for metric, show in (
+                ("survival", percent), ("match", percent), *((metric, "{:.2f}".format) for metric in ("speed", "speeds", "residual")))]
+            switched = [run["stages"][stage]["switch"][2] for run in runs]
             seconds = min(run["stages"][stage]["seconds_per_chunk"] for run in runs)       # the run least disturbed: several may share a GPU
-            at = runs[0]["stages"][stage]["frames"]
-            rows.append([f"{kind.replace('mla', 'MLA')}, `{stage.split(',')[0]}`{stage[2:] if ',' in stage else ''}", at, *cells,
-                         spread(switched, percent) if switched else "-", f"{1000 * seconds:.{0 if seconds > 0.1 else 1}f}"])
-    head = ["", "frames", "survive", "frames that show their caption", "speed / true", "jerkiness / true", "new caption, third chunk",
-            "ms a chunk, least of seeds"]
+            rows.append([f"{kind.replace('mla', 'MLA')}, `{stage.split(',')[0]}`{stage[2:] if ',' in stage else ''}", *cells,
+                         spread(switched, percent), f"{1000 * seconds:.0f}"])
+    head = ["", "survive", "frames that show their caption", "speed / true", "distance of speeds", "jerkiness / true",
+            "new caption, third chunk", "ms a chunk, least of seeds"]
     numbers = sorted({run["seed"] for run in found["runs"]})
     how = f"mean [least, most] of seeds {', '.join(map(str, numbers))}" if len(numbers) > 1 else "one seed"
-    how += f" (without brackets: of seed {', '.join(map(str, alone))} alone)" if alone and len(numbers) > 1 else ""
-    said = f"{found['rollouts']} videos at once, {how}, means over the last 120 frames; {origin('quality.json', found)}"
+    said = f"{found['rollouts']} videos of {found['frames']} frames at once, {how}, means over the last 120; {origin('quality.json', found)}"
     which = ("curves", ""), ("tf", "_tf"), ("cd", "_cd"), ("dmd", "_dmd")
     pictures = ", ".join(f"[{what}](results/quality{end}.png)" for what, end in which)
     return markdown(head, rows) + f"\n\n({said}; {pictures}.)"
@@ -151,7 +147,7 @@ def attention_points(bench: dict) -> list[dict]:
 
 
 def ms(point: dict, row: str) -> str:
-    found = point["timing"].get(row, {})
+    found = point.get("timing", {}).get(row, {})
     return f"{found['ms']:.3f}" if "ms" in found else ""
 
 
@@ -162,6 +158,7 @@ def fastest_dense(point: dict) -> float:
 def bench() -> str:
     found = results("bench_h100.json")
     points, sections = attention_points(found), found["sections"]
+    every = [point for point in sections["attention"]["points"] if ms(point, "fused")]
     shown = [point for point in points if point["L"] not in (32, 128)]
     names = {"dense cuDNN, K V ready": "dense, cuDNN", "dense flash, K V ready": "dense, flash",
              "dense cuDNN waves + flash": "dense, split into whole waves", "materialised": "MLA, materialised", "absorbed": "MLA, absorbed",
@@ -170,8 +167,8 @@ def bench() -> str:
     rows = [[label, *(ms(point, name) for point in shown)] for name, label in names.items()]
     rows.append(["fused / fastest dense", *(f"{ratio[point['L']]:.2f}" if point["L"] in ratio else "" for point in shown)])
     block, rollout, batch = sections["block"], sections["rollout"], sections["batch"]
-    text = [f"Fused MLA against the fastest dense row: {losses(sections['attention']['points'])}. Error in bf16 against float64, on the "
-            f"tensors that are timed: at most {worst_error(sections['attention']['points']):.1f} times dense's.",
+    text = [f"Fused MLA against the fastest dense row: {losses(every)}. Error in bf16 against float64, on the "
+            f"tensors that are timed: at most {worst_error(every):.1f} times dense's.",
             f"A Wan-shaped block, compiled, five passes a chunk: MLA {block['MLA auto, compiled']['ms']:.1f} ms, dense "
             f"{block['dense, compiled']['ms']:.1f} ms, dense that stores its keys rotated, as released code does, "
             f"{block['dense, keys stored rotated, compiled']['ms']:.1f}. The whole model with a full window: MLA "

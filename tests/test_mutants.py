@@ -106,7 +106,7 @@ MUTANTS = [Mutant(*entry) for entry in (
      routes.test_auto_takes_the_route_with_fewer_operations),
     ("auto takes the dearer route", ATTENTION, 'return min(("materialised"', 'return max(("materialised"',
      routes.test_auto_takes_the_route_with_fewer_operations),
-    ("batch taken for queries in the choice of route", ATTENTION, "choose_route(x.shape[1],", "choose_route(x.shape[0],",
+    ("batch taken for queries in the choice of route", ATTENTION, "choose_route(L, T, H,", "choose_route(B, T, H,",
      routes.test_a_layer_left_to_itself_takes_the_cheaper_route),
     ("latents taken for value channels in the choice of route", ATTENTION, "self.W_UV.out_features // H",
      "self.W_UV.in_features // H", routes.test_a_layer_left_to_itself_takes_the_cheaper_route),

@@ -220,6 +220,13 @@ def test_an_old_window_can_be_renamed(code, sizes, chunks, more, B, seed):
     assert_same(rest[1], rest[0], EXACT, "a renamed window is another window")
 
 
+def test_a_memory_is_refused_where_it_would_be_half_of_the_past(code):
+    model = code.mla_video.VideoDiT(code.mla_video.Config())
+    for how in ({"guidance": 2.0}, {"compile": "eager"}):
+        with pytest.raises(ValueError, match="memory is one plain cache"):
+            next(code.sample.rollout(model, torch.zeros(1, 3, dtype=torch.long), 3, memory=model.make_cache(1), **how))
+
+
 def test_a_renamed_window_keeps_its_order(code):
     """Each frame carries its number. After `rewind` the frame at each position is the same, whatever slot the oldest one was in."""
     for sink, committed in ((sink, sink + more) for sink in (0, 1) for more in range(4, 12)):

@@ -17,6 +17,7 @@ import sys
 import tokenize
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -154,6 +155,7 @@ def said() -> dict[str, bool]:
         mine, dense = (VideoDiT(replace(toy, attention=kind)).make_cache(len(sample.PROMPTS)).nbytes for kind in ("mla", "dense"))
         parameters = sum(weight.numel() for weight in VideoDiT(toy).parameters())
     toy_seconds = sum(stage["training_seconds"] for stage in results("toy.json")["stages"].values())
+    late_jerk = lambda kind: mean(tables.late(run, "dmd", "residual") for run in results("quality.json")["runs"] if run["attention"] == kind)
     endless, profiles = results("endurance.json"), (ROOT / "tests/conftest.py").read_text()
     return {
         "2605.30351": True, "2405.04434": True, "2506.08009": True,                    # names of papers
@@ -171,7 +173,7 @@ def said() -> dict[str, bool]:
         "1.57": round(cost["absorbed"] / cost["materialised"], 2) == 1.57,
         "11": "(11)" in (ROOT / "attention.py").read_text(), "13": "(13)" in (ROOT / "attention.py").read_text(),
         "125": len(importlib.import_module("test_mutants").MUTANTS) == 125,
-        "1.3": True,                                       # a target, named as not reached
+        "1.3": late_jerk("mla") < 1.3 < late_jerk("dense"),
         "0.5": "0.5 * SPEEDS" in (ROOT / "toy_data.py").read_text(), "1.5": "1.5 * SPEEDS" in (ROOT / "toy_data.py").read_text(),
         "16": toy.height == toy.width == 16, "1.4": round(parameters / 1e6, 1) == 1.4,
         "11.8": round(toy_seconds / 60, 1) == 11.8, "1200": round(toy.frames / Recipe.restart) == 1200,
