@@ -312,7 +312,7 @@ def sample_from(args) -> None:
     seconds = time.perf_counter() - start
     for frame, now in {0: captions, **switch}.items():
         print(f"captions     {f'from {frame}: ' * bool(frame)}{', '.join(decode_caption(caption) or '(none)' for caption in now)}")
-    print(f"speed        {len(captions) * made / seconds:.1f} frames/s, compiling and writing included ({len(captions)} videos at once, "
+    print(f"speed        {len(captions) * made / seconds:.1f} frames/s, everything included ({len(captions)} videos at once, "
           f"{device.type}, {how['steps']} {how['sampler']} steps a chunk, route {full_route(model, len(captions), args.route)})")
     print(cache_line(model, len(captions)))
     print(f"wrote        {path}" + "/*.png" * args.pictures)
