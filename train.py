@@ -100,12 +100,13 @@ def repeatable(asked: bool, device: torch.device):
         torch.use_deterministic_algorithms(before)
 
 
-def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int = 250) -> list[dict]:
+def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int | None = None) -> list[dict]:
     """Run up to recipe.steps in all. Saves at once (what cannot be written is better known now), every `save_every` steps, at the end,
     and on Ctrl-C or SIGTERM. With `curve`, judges 64 rollouts every so many steps and returns what it found; trainer.seconds counts
     training with its saves, and not the judging. ValueError that names the loss that went first if training diverges; train.pt is then
     the last good one."""
     steps, stage, found = trainer.recipe.steps, trainer.recipe.stage, []
+    save_every = save_every or (250 if trainer.device.type == "cpu" else 1000)         # a GPU's steps are short: a save takes about ten
     bar = tqdm(total=steps, initial=trainer.step, desc=f"training {stage}", dynamic_ncols=True, disable=rank() > 0)
     if trainer.step == 0:
         save(trainer, out)
@@ -199,7 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, up to --steps in all")
     parser.add_argument("--evaluate", type=int, default=64, metavar="N", help="rollouts to judge at the end of a stage; 0: none")
     parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="judge 64 rollouts every so many steps, too; 0: never")
-    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="steps between two saves of train.pt")
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help="steps between two saves of train.pt (default: 250 on a CPU, 1000 "
+                        "on a GPU)")
     parser.add_argument("--shard", action="store_true", help="with torchrun: divide weights and optimisers among the processes, too")
     parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the passes over whole clips: on a GPU faster "
                         "steps, after a minute of compiling; needs a C compiler")
