@@ -106,7 +106,7 @@ def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int | None = 
     training with its saves, and not the judging. ValueError that names the loss that went first if training diverges; train.pt is then
     the last good one."""
     steps, stage, found = trainer.recipe.steps, trainer.recipe.stage, []
-    save_every = save_every or (250 if trainer.device.type == "cpu" else 1000)         # a GPU's steps are short: a save takes about ten
+    save_every = save_every or (250 if trainer.device.type == "cpu" else 1000)         # a GPU's steps are short beside a save
     bar = tqdm(total=steps, initial=trainer.step, desc=f"training {stage}", dynamic_ncols=True, disable=rank() > 0)
     if trainer.step == 0:
         save(trainer, out)

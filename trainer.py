@@ -97,7 +97,7 @@ class Learner:
 
     def __init__(self, model: VideoDiT, recipe: Recipe, times: float = 1.0):
         self.model, self.clip, self.weights = model, recipe.clip, list(model.parameters())
-        blocks = [[p for p in block.parameters() if p.dim() == 2 and min(p.shape) > 6] for block in model.blocks]     # not 6: modulation
+        blocks = [[p for p in block.parameters() if p.dim() == 2 and min(p.shape) > 6] for block in model.blocks]     # modulation: 6 rows
         chosen = {id(p) for matrices in blocks for p in matrices}
         others = [p for p in self.weights if id(p) not in chosen]
         _muon._zeropower_via_newtonschulz = orthogonalise  # instead of torch's, which rounds to bfloat16

@@ -203,13 +203,13 @@ def table(result: dict) -> None:
     print(f"| {' | '.join(head)} |\n|" + "---|" * len(head))
     for attention in dict.fromkeys(run["attention"] for run in result["runs"]):
         for stage in ("tf", "tf, 48 steps", "cd", "dmd"):
-            rows = [run["stages"][stage] for run in result["runs"] if run["attention"] == attention and stage in run["stages"]]
+            rows = [run["stages"][stage] for run in result["runs"] if run["attention"] == attention]
             cells = []
             for metric in METRICS:
                 values = [mean(row["curves"][metric][-10:]) for row in rows]
                 cells.append(f"{mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]")
-            switched = [row["switch"][2] for row in rows if "switch" in row]
-            cells += [f"{mean(switched):.3f} [{min(switched):.3f}, {max(switched):.3f}]" if switched else "",
+            switched = [row["switch"][2] for row in rows]
+            cells += [f"{mean(switched):.3f} [{min(switched):.3f}, {max(switched):.3f}]",
                       f"{1000 * min(row['seconds_per_chunk'] for row in rows):.2f}"]
             last = rows[0]["frames"]
             print(f"| {attention}, {stage} | {max(0, last - 120)} to {last} | " + " | ".join(cells) + " |")
