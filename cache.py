@@ -1,137 +1,194 @@
-"""The rolling cache of past frames: a ring for the window, a few sink frames that stay, two verbs.
+"""The rolling cache of past frames: what every layer remembers of the video so far, in buffers
+that never grow.
 
-    frames        0 1 2 3 4 5 6 7 8          sink 1, chunk 3, window 6: what chunk (6 7 8) may look at
-    slots         [0][4][5]                  = sink frame 0, the two frames before it (4 5), and itself
-                   |  +--+-- ring: the next frames overwrite the oldest slot, nothing is ever moved
-                   +-------- sink: never evicted
+A video is made in chunks of a few frames. While a chunk is made it looks back at a *window* of
+frames: the latest ones, and perhaps a few *sink* frames from the very beginning, which stay for
+good. Example: sink 1, chunk 3, window 6 (the window counts the sink and the chunk itself, so
+6 - 3 = 3 frames are remembered). The model was trained on clips of 9 frames. It goes like this:
 
-Two facts make it this small.
-1.  Attention is a sum over keys, so the order of slots is irrelevant once positions are data (`positions`). A ring needs
-    no shifting; released research code copies gigabytes per chunk to keep slots in temporal order.
-2.  What is stored has no place in time. MLA stores the normed latent c_kv and the *unrotated* positional key
-    k_rope, the dense baseline its unrotated keys and its values; rotation happens at read. So a slot can be given
-    another position tomorrow without being touched.
+    chunk     begins at   frame kept at      sees            positions of the kept frames
+                          index 0  1  2
+    (0 1 2)   frame 0           -  -  -      itself
+    (3 4 5)   frame 3           0  1  2      0 1 2 itself    0 1 2, and the chunk at 3 4 5
+    (6 7 8)   frame 6           0  5  4      0 4 5 itself    0 4 5, and the chunk at 6 7 8
+    (9 ...)   frame 9           0  7  8      0 7 8 itself    0 4 5, and the chunk at 6 7 8
+                                |  |  |
+                                |  +--+-- the ring: a new frame overwrites the oldest one
+                                +-------- the sink: never overwritten
 
-Positions at read. The chunk at frame s stands at  base = min(s, horizon - chunk),  a window frame f at  f - (s - base),  a
-sink frame f at f. Up to `horizon` frames (the training length) that is the absolute time, so cached inference equals
-the teacher-forced pass exactly; beyond it no position leaves the range seen in training, however long the rollout.
-horizon = window is the "re-index everything" of LongLive and Infinity-RoPE, horizon = infinity the absolute positions of
-Self-Forcing; here it is one number.
+Nothing is ever shifted. Attention is a sum over keys, so the order of the frames in the buffer
+does not matter once their positions are data (`positions`). (Released research code moves
+gigabytes a chunk to keep frames in order.)
 
-Letters: B batch, T visible key tokens, P tokens per frame. tests/test_cache.py runs this class against a Python list of frames.
+What is stored has no place in time. MLA stores the normed latent c_kv and the *unrotated*
+positional key k_rope; the dense baseline stores unrotated keys and values. Rotation happens at
+read. So a stored frame can be given another position tomorrow without being touched.
+
+Which position? A model has been trained on clips of `horizon` frames and knows no position
+beyond. So:
+
+    a chunk that begins at frame s stands at    base = min(s, horizon - chunk)       (P1)
+    a frame f of the ring stands at             f - (s - base)                       (P2)
+    a sink frame f stands at                    f                                    (P3)
+
+While s <= horizon - chunk these are the absolute times, and cached inference equals the
+teacher-forced training pass exactly. Later the whole window is *re-indexed*: the chunk stays at
+the end of the trained range, its past just before it, and no position leaves what training has
+seen, however long the video. horizon = window is the rule of Infinity-RoPE, an infinite horizon
+gives the absolute positions of Self-Forcing; here it is one number.
+
+Letters: B batch, T visible key tokens, P tokens a frame. This file and rope3d.py import
+nothing else of this repository. tests/test_cache.py runs the class against a plain Python list
+of frames.
 """
 
 import torch
 from torch import Tensor
 
-Rows = tuple[Tensor, Tensor]                               # what one layer stores for a chunk, each [B, n * P, width]
+# What the tokens of a chunk leave in one layer: two tensors, each [B, tokens, width].
+Rows = tuple[Tensor, Tensor]
+
+
+def frames_at(index: Tensor, seen: int | Tensor, sink: int, ring: int) -> Tensor:
+    """Which frame stands at each `index` of a buffer after `seen` frames: the youngest of those
+    that share the index.
+
+    Index i < sink holds frame i. An index of the ring has been the goal of frames i, i + ring,
+    i + 2 ring, ...
+    """
+    period = max(ring, 1)         # a ring of no frames is never asked, but must not divide by 0
+    turns = (seen - 1 - index) // period     # how often the ring came round to this index again
+    return torch.where(index < sink, index, index + turns * period)
+
+
+def read_positions(frames: Tensor, seen: int | Tensor, sink: int, base: int | Tensor) -> Tensor:
+    """Times at which the kept `frames` stand when a chunk that begins at frame `seen` stands at
+    `base`: (P2), (P3).
+    """
+    return torch.where(frames < sink, frames, frames - (seen - base))
 
 
 class RollingCache:
-    """Past rows of every layer. For MLA widths = (C, R); for dense attention (H * d_h, H * d_h).
+    """The past of B videos, for all layers. MLA's rows are (C, R) wide, those of dense
+    attention (H d_h, H d_h).
 
-    `window` counts frames and includes the sink *and* the chunk being made, as in released code ("local window 6,
-    sink 1"), so window - chunk frames are kept. Buffers are allocated once; their content is never a sign of
-    validity, only the counter `seen` is, so they start uninitialised.
-    Raises ValueError if the window cannot hold the sink and one chunk, or exceeds the horizon.
+    `window` counts frames, the sink and the chunk being made included; so `capacity` = window -
+    chunk frames are kept. Buffers are allocated once, uninitialised: whether something stands
+    in them is told by `seen` alone. Raises ValueError if the window cannot hold the sink and
+    one chunk, or is longer than the horizon.
     """
 
-    def __init__(self, layers: int, batch: int, widths: tuple[int, int], *, tokens: int, chunk: int, window: int,
-                 sink: int, horizon: int, device=None, dtype=torch.float32):
+    def __init__(self, layers: int, batch: int, widths: tuple[int, int], *, tokens: int,
+                 chunk: int, window: int, sink: int, horizon: int,
+                 device=None, dtype=torch.float32):
         if window < sink + chunk:
-            raise ValueError(f"a window of {window} frames cannot hold {sink} sink frames and a chunk of {chunk}: "
-                             f"it must be at least {sink + chunk}")
+            raise ValueError(f"a window of {window} frames cannot hold {sink} sink frames "
+                             f"and a chunk of {chunk}: it must be at least {sink + chunk}")
         if horizon < window:
-            raise ValueError(f"the horizon (training length, {horizon} frames) must be at least the window ({window})")
-        self.tokens, self.chunk, self.sink, self.horizon = tokens, chunk, sink, horizon
-        self.ring = window - chunk - sink                  # frames in the ring; 0 is allowed: sink only
-        self.slots = window - chunk                        # sink + ring
-        self.buffers = tuple(torch.empty(layers, batch, self.slots * tokens, width, device=device, dtype=dtype)
+            raise ValueError(f"the horizon (training length, {horizon} frames) must be at "
+                             f"least the window ({window})")
+        self.tokens = tokens                               # P, tokens of a frame
+        self.chunk = chunk
+        self.sink = sink
+        self.horizon = horizon
+        self.capacity = window - chunk                     # frames kept: sink, then ring
+        self.ring = self.capacity - sink                   # may be 0: sink only
+        self.seen = 0                  # frames committed since the start, evicted ones included
+        shape = layers, batch, self.capacity * tokens
+        self.buffers = tuple(torch.empty(*shape, width, device=device, dtype=dtype)
                              for width in widths)
-        self.seen = 0                                      # frames committed since the start, evicted ones included: Python's int,
-                                                           # which has no end; frames() is int64 and good for 10^18
 
-    # ---- what there is ------------------------------------------------------------------------------------------
+    # ---- what there is -----------------------------------------------------------------------
 
     @property
     def filled(self) -> int:
-        """Slots in use. They are always the first ones, so a slice is all the masking that is needed."""
-        return min(self.seen, self.slots)
+        """Frames kept at present. They fill the buffer from its beginning, so a slice is all
+        the mask there is.
+        """
+        return min(self.seen, self.capacity)
 
     def frames(self) -> Tensor:
-        """Absolute index of the frame in each filled slot [filled]: of all frames f that share a ring slot, the
-        youngest, i.e. the largest  f = sink + j + m * ring  below `seen`."""
-        slot = torch.arange(self.filled, device=self.buffers[0].device)
-        j = slot - self.sink
-        turns = (self.seen - 1 - slot) // max(self.ring, 1)                            # whole turns since slot j's first
-        return torch.where(j < 0, slot, slot + turns * self.ring)
+        """Which frame stands at each filled index: [filled]."""
+        index = torch.arange(self.filled, device=self.buffers[0].device)
+        return frames_at(index, self.seen, self.sink, self.ring)
 
     def positions(self) -> tuple[Tensor, Tensor]:
-        """Times to rotate by: of the filled slots [filled], and of the chunk being made [chunk]. All < horizon."""
-        base, frames = self._base(), self.frames()
-        past = torch.where(frames < self.sink, frames, frames - (self.seen - base))
-        return past, base + torch.arange(self.chunk, device=past.device)
+        """Times to rotate by: of the frames kept [filled], and of the chunk being made [chunk].
+        All < horizon.
+        """
+        base = min(self.seen, self.horizon - self.chunk)                              # (P1)
+        past = read_positions(self.frames(), self.seen, self.sink, base)
+        own = base + torch.arange(self.chunk, device=past.device)
+        return past, own
 
-    def _base(self):
-        """Where the chunk stands."""
-        return min(self.seen, self.horizon - self.chunk)
-
-    # ---- the two verbs ------------------------------------------------------------------------------------------
+    # ---- the two verbs -----------------------------------------------------------------------
 
     def peek(self, layer: int, rows: Rows) -> Rows:
-        """Committed rows of `layer`, then the provisional `rows` of the chunk [B, chunk * P, width]: each
-        [B, T, width]. Changes nothing: every denoising step of a chunk peeks, and none leaves a trace."""
-        return tuple(torch.cat((buffer[layer, :, :self.filled * self.tokens], new), dim=1)
-                     for buffer, new in zip(self.buffers, rows))
+        """All rows that the chunk may look at in `layer`: those kept, then its own `rows`; each
+        [B, T, width].
+
+        Changes nothing. Every denoising pass of a chunk peeks, and none leaves a trace.
+        """
+        kept = self.filled * self.tokens
+        visible = []
+        for buffer, own in zip(self.buffers, rows):
+            past = buffer[layer, :, :kept]                                    # [B, kept, width]
+            visible.append(torch.cat((past, own), dim=1))
+        return tuple(visible)
 
     def commit(self, rows: list[Rows], detach: bool = True) -> None:
-        """Store a clean chunk for good, all layers at once, and evict what falls out of the window.
+        """Keep a finished chunk: its `rows` of every layer. What falls out of the window is
+        overwritten.
 
-        What is stored is detached: gradients stop at the chunk that is being made (released code leaks them
-        through this write; detach=False is the true context gradient). While gradients are recorded
-        the buffer is replaced and not overwritten: `peek` copies, but a reader that keeps a view may await its backward pass.
+        Gradients stop here: what is kept is detached. (Released code leaks them through this
+        write; detach=False is the true gradient of the context.) While gradients are recorded
+        the buffers are replaced instead of written to, since an earlier read may wait for its
+        backward pass. Raises ValueError unless the rows are one whole chunk.
         """
-        now = self.seen + self.chunk
-        if any(row.shape[1] != self.chunk * self.tokens for layer in rows for row in layer):
-            raise ValueError(f"commit takes whole chunks: {self.chunk} frames of {self.tokens} tokens")
-        device = self.buffers[0].device
-        # A chunk may be longer than the ring (released: chunk 3, ring 2): its own oldest frames are evicted at once.
-        sink = torch.arange(self.seen, max(self.seen, min(self.sink, now)), device=device)
-        ring = torch.arange(min(now, max(self.seen, self.sink, now - self.ring)), now, device=device)
-        slots = torch.cat((sink, self.sink + (ring - self.sink) % max(self.ring, 1)))
-        source = torch.cat((sink, ring)) - self.seen                                   # which frames of the chunk stay
+        for layer in rows:
+            if any(part.shape[1] != self.chunk * self.tokens for part in layer):
+                raise ValueError(f"commit takes whole chunks: {self.chunk} frames of "
+                                 f"{self.tokens} tokens")
+        source, goal = self._moves()
         buffers = []
-        for buffer, new in zip(self.buffers, zip(*rows)):
-            new = torch.stack(new).to(buffer.dtype).unflatten(2, (self.chunk, self.tokens))[:, :, source]
-            new = new.detach() if detach else new                                      # [layers, B, frames, P, width]
-            view = buffer.unflatten(2, (self.slots, self.tokens))
-            view = view.index_copy(2, slots, new) if torch.is_grad_enabled() else view.index_copy_(2, slots, new)
-            buffers.append(view.flatten(2, 3))
-        self.buffers, self.seen = tuple(buffers), now
+        for buffer, parts in zip(self.buffers, zip(*rows)):
+            new = torch.stack(parts).to(buffer.dtype)            # [layers, B, chunk * P, width]
+            new = new.unflatten(2, (self.chunk, self.tokens))    # [layers, B, chunk, P, width]
+            new = new[:, :, source]                              # [layers, B, kept, P, width]
+            if detach:
+                new = new.detach()
+            old = buffer.unflatten(2, (self.capacity, self.tokens))
+            if torch.is_grad_enabled():
+                old = old.index_copy(2, goal, new)         # a new tensor
+            else:
+                old.index_copy_(2, goal, new)              # in place
+            buffers.append(old.flatten(2, 3))
+        self.buffers = tuple(buffers)
+        self.seen += self.chunk
 
-    def rewind(self) -> None:
-        """Name the frames of a full window anew, as if the video were as young as it can be with a full window and its chunk at the
-        horizon: what is visible, its positions and the order of eviction stay (test_an_old_window_can_be_renamed). So long videos of any
-        age are one case for what must not change from call to call (a recorded graph), and `seen` never overflows."""
-        if self.seen < self.horizon - self.chunk:
-            raise ValueError(f"only a full window at the horizon can be renamed; {self.seen} frames were seen")
-        if self.ring:
-            oldest = (self.seen - self.sink) % self.ring   # its slot in the ring becomes the first
-            self.buffers = tuple(torch.cat((view[:, :, :self.sink], view[:, :, self.sink:].roll(-oldest, 2)), 2).flatten(2, 3)
-                                 for view in (buffer.unflatten(2, (self.slots, self.tokens)) for buffer in self.buffers))
-        self.seen = self.renamed
-
-    @property
-    def renamed(self) -> int:
-        """`seen` after `rewind`, the same for every video: the first whole turn of the ring with the chunk at the horizon."""
-        turns = -(-(self.horizon - self.chunk - self.sink) // max(self.ring, 1))       # rounded up
-        return self.sink + turns * max(self.ring, 1)
+    def _moves(self) -> tuple[Tensor, Tensor]:
+        """Which frames of the new chunk are kept (counted within it), and at which index each
+        goes.
+        """
+        device = self.buffers[0].device
+        start = self.seen
+        stop = self.seen + self.chunk
+        # The chunk's frames before this one belong to the sink.
+        sink_stop = max(start, min(self.sink, stop))
+        # A chunk may be longer than the ring: then its own oldest frames are evicted at once.
+        ring_start = min(stop, max(sink_stop, stop - self.ring))
+        to_sink = torch.arange(start, sink_stop, device=device)
+        to_ring = torch.arange(ring_start, stop, device=device)
+        ring_index = self.sink + (to_ring - self.sink) % max(self.ring, 1)
+        source = torch.cat((to_sink, to_ring)) - start
+        goal = torch.cat((to_sink, ring_index))
+        return source, goal
 
     def reset(self) -> None:
-        """Forget everything, keep the memory."""
+        """Forget the video, keep the buffers."""
         self.seen = 0
 
-    # ---- what it costs ------------------------------------------------------------------------------------------
+    # ---- what it costs -----------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
@@ -140,5 +197,7 @@ class RollingCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes a cached token costs in one layer, from the buffers: (C + R) or 2 * H * d_h numbers."""
+        """Bytes that a kept token costs in one layer, read from the buffers: (C + R) or 2 H d_h
+        numbers.
+        """
         return sum(buffer.shape[-1] * buffer.element_size() for buffer in self.buffers)

@@ -1,150 +1,245 @@
-"""The objectives of the three stages, each beside its equation: what is minimised, given what, and where the gradient stops.
+"""The losses of the training stages, each beside its equation: what is minimised, given what,
+and where the gradient stops.
 
-    score   a bidirectional model of whole clips. Stage 3 needs one twice (real score, critic), and stage 1 starts from it.
-    tf      1. teacher forcing: denoise every chunk given *clean real* chunks before it.
-    cd      2. consistency distillation: the same context, but jump to the answer in one pass. 4 passes a chunk instead of 12 to 48.
-    dmd     3. distribution matching: given *its own* chunks before it, as when it is used. No clip is shown: only captions.
+    score   A bidirectional model of whole clips: every frame sees every other. It cannot
+            stream, but it can judge videos, which stage dmd needs. Stage tf starts from it.
+    tf      1. Teacher forcing: denoise every chunk, given the *clean true* chunks before it.
+    cd      2. Consistency distillation: given the same, jump to the answer in one pass, so that
+            a chunk takes 4 passes instead of 12 to 48.
+    dmd     3. Distribution matching distillation: given *its own* chunks before it, as in use.
+            No clip is shown, only captions.
 
-(F1) to (F4), the convention of flow matching, stand in sample.py. sg(.) is the stop-gradient. All randomness comes from `generator`.
-tests/test_objectives.py holds each equation against its definition, and each trap that a released implementation fell into.
+Why stage 3: in tf and cd the past is perfect. In use it is the model's own, and small errors
+feed the next ones ("exposure bias"). dmd trains on what the model streamed itself.
+
+The convention of flow matching, (F1) to (F4), stands in flow.py. sg(.) means stop-gradient: a
+number, not a function of the weights. All random numbers come from `draws` (flow.Draws).
+tests/test_objectives.py holds each loss against its equation, and each trap that a released
+implementation fell into.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sample import FEW_STEPS, FEW_SHIFT, add_noise, rollout, shift
+from flow import (FEW_SHIFT, FEW_STEPS, Draws, Stream, add_noise, answer_of, consistency,
+                  consistency_passes, noise_for, noise_levels, per_frame, rollout, shift)
+from mla_video import VideoDiT
 
-GRID = 48                                                  # levels of the consistency grid; the sampler's 4 are among them
+GRID = 48                   # levels of consistency distillation; the sampler's 4 are among them
 
 
 def velocity_error(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     """Squared error of a velocity, mean over each frame: [B, F]."""
-    return (v - (eps - x0)).square().flatten(2).mean(dim=2)                                                   # (F2)
+    true_velocity = eps - x0                                                          # (F2)
+    error = (v - true_velocity).square()
+    return error.flatten(2).mean(dim=2)
 
 
-def without_some(caption: Tensor, drop: float, generator: torch.Generator) -> Tensor:
-    """Captions [B, slots], a share `drop` of them replaced by "none" (word 0), so that guidance exists later."""
-    return caption * (torch.rand(len(caption), 1, generator=generator, device=caption.device) >= drop)
+def without_some(caption: Tensor, drop: float, draws: Draws) -> Tensor:
+    """Captions [B, S], a share `drop` of them replaced by "nothing said" (word 0 throughout): a
+    model that also knows how to answer without a caption can be guided later."""
+    keep = draws.uniform(len(caption), 1) >= drop
+    return caption * keep
 
 
-# ---- stage 0 and stage 1: flow matching -----------------------------------------------------------------------------
-
-def score_loss(model, x0: Tensor, caption: Tensor, recipe, generator: torch.Generator):
-    """Flow matching of whole clips: no mask, one noise level per *video*. Same arguments and answer as `teacher_forcing_loss`."""
-    draw = dict(generator=generator, device=x0.device)
-    sigma = shift(torch.sigmoid(recipe.spread * torch.randn(len(x0), 1, **draw))).expand(x0.shape[:2])
-    eps = torch.randn(x0.shape, **draw)
-    caption = without_some(caption, recipe.drop, generator)
-    error = velocity_error(model.bidirectional(add_noise(x0, eps, sigma), sigma, caption), x0, eps)
-    return error.mean(), sigma, error.detach()
+# ---- stages score and tf: flow matching ------------------------------------------------------
+#     L = mean (v_model(x_sigma, sigma) - (eps - x0))^2,    x_sigma = (1 - sigma) x0 + sigma eps
+# with sigma = S_3(sigmoid(spread * n)), n standard normal. The weight is 1 at every level. (The
+# released weight is 0 at sigma = 1, where every rollout starts. A pretrained model survives
+# that; one trained from scratch does not.)
 
 
-def teacher_forcing_loss(model, x0: Tensor, caption: Tensor, recipe, generator: torch.Generator):
-    """Flow matching with an independent noise level per *chunk*: one pass trains every chunk at some level.
+def score_loss(model: VideoDiT, x0: Tensor, caption: Tensor, draws: Draws, *, drop: float = 0.1,
+               spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Flow matching of whole clips: no mask, one noise level per *video*.
 
-    x0 [B, F, ...] in [-1, 1], caption [B, slots]. Returns (loss, sigma [B, F], squared error [B, F]). The weight is 1 at
-    every level: the released weight is 0 at sigma = 1, where every rollout starts, and a pretrained model survives
-    that, one from scratch does not.
+    x0 [B, F, ...] in [-1, 1], caption [B, S]. Returns the loss, sigma [B, F] and the squared
+    error of each frame [B, F].
     """
     B, frames = x0.shape[:2]
-    draw = dict(generator=generator, device=x0.device)
+    u = torch.sigmoid(spread * draws.normal(B, 1))
+    sigma = shift(u).expand(B, frames)                                                 # [B, F]
+    eps = draws.normal(*x0.shape)
+    caption = without_some(caption, drop, draws)
+    x = add_noise(x0, eps, sigma)
+    v = model.bidirectional(x, sigma, caption)
+    error = velocity_error(v, x0, eps)
+    loss = error.mean()
+    return loss, sigma, error.detach()
+
+
+def teacher_forcing_loss(model: VideoDiT, x0: Tensor, caption: Tensor, draws: Draws, *,
+                         drop: float = 0.1,
+                         spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Flow matching with an independent noise level per *chunk*, given the clean ones before it.
+
+    One pass trains every chunk of the clip at some level. Arguments and answer as `score_loss`.
+    """
+    B, frames = x0.shape[:2]
     chunk = model.config.chunk
-    u = torch.sigmoid(recipe.spread * torch.randn(B, frames // chunk, **draw))
-    sigma = shift(u).repeat_interleave(chunk, dim=1)                                   # one level for a chunk's frames
-    eps = torch.randn(x0.shape, **draw)
-    caption = without_some(caption, recipe.drop, generator)
-    error = velocity_error(model(x0, add_noise(x0, eps, sigma), sigma, caption), x0, eps)
-    return error.mean(), sigma, error.detach()
+    u = torch.sigmoid(spread * draws.normal(B, frames // chunk))
+    sigma = shift(u).repeat_interleave(chunk, dim=1)        # [B, F]: a chunk's frames share one
+    eps = draws.normal(*x0.shape)
+    caption = without_some(caption, drop, draws)
+    x = add_noise(x0, eps, sigma)
+    v = model(x0, x, sigma, caption)
+    error = velocity_error(v, x0, eps)
+    loss = error.mean()
+    return loss, sigma, error.detach()
 
 
-# ---- stage 2: consistency distillation ------------------------------------------------------------------------------
+# ---- stage cd: consistency distillation ------------------------------------------------------
 
-def guided(model, caption: Tensor, weight: float) -> Tensor:
-    """v(none) + w (v(c) - v(none)) for `model`, a function of the caption; w = 1 is v(c) in one call. Self-Forcing's code writes
-    v(c) + 3 (v(c) - v(none)), which is w = 4 here: one convention per repository."""
+
+def guided(model: Callable[[Tensor], Tensor], caption: Tensor, weight: float) -> Tensor:
+    """v(none) + w (v(caption) - v(none)) for `model`, a function of the caption alone.
+
+    w = 1 is v(caption), in one call. (Self-Forcing's code writes v(caption) + 3 (v(caption) -
+    v(none)), which is w = 4 here.)
+    """
     v = model(caption)
     if weight == 1:
         return v
-    none = model(torch.zeros_like(caption))
-    return none + weight * (v - none)
+    v_none = model(torch.zeros_like(caption))
+    return v_none + weight * (v - v_none)
 
 
-def consistency_loss(student, target, teacher, x0: Tensor, caption: Tensor, recipe, generator: torch.Generator) -> Tensor:
-    """Two neighbouring points of one trajectory of the teacher must have the same answer, f(x, sigma) = x - sigma v(x, sigma):
+def consistency_loss(student: VideoDiT, target: VideoDiT, teacher: VideoDiT, x0: Tensor,
+                     caption: Tensor, draws: Draws, *, guidance: float = 1.0) -> Tensor:
+    """Two neighbouring points of one path of the teacher must have one answer.
 
-        j ~ U{0 .. 47},  sigma_j = S_5(1 - j / 48),  sigma_48 = 0            one level for the whole video
-        x_j  = (1 - sigma_j) x0 + sigma_j eps                                                                 (C1)
-        x_j' = x_j - (sigma_j - sigma_j') v_teacher(x_j, sigma_j)            j' = j + 1: one guided Euler step     (C2)
-        L    = mean (f_student(x_j, sigma_j) - sg f_target(x_j', sigma_j'))^2                                  (C3)
+    The answer at (x, sigma) is f(x, sigma) = x - sigma v(x, sigma), (F4). At sigma = 0 it is x
+    itself. So if neighbours agree all along the path, the answer at pure noise is the end of
+    the path: many steps have become one.
 
-    All three models see the clean clip as the past, under the teacher-forcing mask; `target` is the student's moving average. At the
-    last j the target is x_48 itself, the teacher's own endpoint: the anchor that holds all the others. (Released code never draws it
-    and is held by its initialisation alone.) Student and target never see guidance: it is distilled in.
+        sigma_j = S_5(1 - j / 48),  j from 0 (noise) to 48 (clean); j is drawn below 48
+        x_j     = (1 - sigma_j) x0 + sigma_j eps                                         (C1)
+        x_next  = x_j - (sigma_j - sigma_j+1) v_teacher(x_j, sigma_j)   a guided step    (C2)
+        L       = mean (f_student(x_j, sigma_j) - sg f_target(x_next, sigma_j+1))^2      (C3)
+
+    All three models see the clean clip as the past, by teacher forcing, at one noise level for
+    the whole video. `target` is the student's moving average. At j = 47 the goal is x_next, the
+    teacher's own end point: the anchor that holds all others. (Released code never draws it.)
+    Only the teacher is guided; that is how guidance gets distilled in.
     """
-    j = torch.randint(GRID, (len(x0), 1), generator=generator, device=x0.device).expand(x0.shape[:2])
-    here, there = shift(1 - j / GRID, FEW_SHIFT), shift(1 - (j + 1) / GRID, FEW_SHIFT)
-    level, next_level = here[..., None, None, None], there[..., None, None, None]
-    x = add_noise(x0, torch.randn(x0.shape, generator=generator, device=x0.device), here)                     # (C1)
+    B, frames = x0.shape[:2]
+    j = draws.integers(GRID, B, 1)
+    j = j.expand(B, frames)
+    sigma = shift(1 - j / GRID, FEW_SHIFT)                                             # [B, F]
+    next_sigma = shift(1 - (j + 1) / GRID, FEW_SHIFT)                                  # [B, F]
+    eps = draws.normal(*x0.shape)
+    x = add_noise(x0, eps, sigma)                                                     # (C1)
     with torch.no_grad():
-        v = guided(lambda caption: teacher(x0, x, here, caption), caption, recipe.guidance)
-        x_next = x - (level - next_level) * v                                                                 # (C2)
-        goal = x_next - next_level * target(x0, x_next, there, caption)
-    answer = x - level * student(x0, x, here, caption)
-    return (answer - goal).square().mean()                                                                    # (C3)
+        v = guided(lambda words: teacher(x0, x, sigma, words), caption, guidance)
+        step = per_frame(sigma) - per_frame(next_sigma)
+        x_next = x - step * v                                                         # (C2)
+        v_next = target(x0, x_next, next_sigma, caption)
+        goal = x_next - per_frame(next_sigma) * v_next
+    answer = x - per_frame(sigma) * student(x0, x, sigma, caption)
+    return (answer - goal).square().mean()                                            # (C3)
 
 
-# ---- stage 3: distribution matching on the model's own past -----------------------------------------------------------
+# ---- stage dmd: distribution matching on the model's own past --------------------------------
 
-def self_rollout(model, caption: Tensor, memory, exit: int, generator: torch.Generator, record: bool) -> Tensor:
-    """The next clip length [B, F, ...] of the videos in `memory`, made by the model itself through the real cache.
 
-    All chunks but the last are made as in use. The last leaves the sampler at step `exit` with its answer of that one pass: with `record`
-    the gradient is there and nowhere else, since the sampler's earlier steps and the commit record none and the cache stores detached
-    rows. Backward needs no checkpointing: nothing that it reads is ever overwritten. An empty memory begins videos; a full one is what
-    most of a long video looks like, and as trainer.py keeps it from step to step, training sees videos as old as those in use.
+def self_rollout(stream: Stream, draws: Draws, exit: int, record: bool) -> Tensor:
+    """The next clip length [B, F, ...] of the videos of `stream`, made by the model itself.
 
-    Why the last chunk alone (released code records all): the judge sees a whole clip. To a chunk with a future it says: fit what comes
-    before you and after. But what comes after was made from this chunk and would move with it, which detached rows do not show. A video
-    that is too fast it tells to shrink towards its middle, early chunks forward, late ones back: on average little is learned of speed.
+    All chunks but the last are made as in use. The last one leaves the sampler after pass
+    `exit` (0 to 3) with the answer of that pass. If `record`, this one pass records its
+    gradient, and nothing else does: not the passes before it, not the commit, and what the
+    cache keeps is detached. So backward needs no checkpointing, since nothing that it reads is
+    overwritten.
+
+    A stream whose cache is empty begins new videos. One whose window is full is what most of a
+    long video looks like; engine/trainer.py keeps streams from step to step, so that training
+    sees videos as old as those in use.
+
+    Why the last chunk alone (released code records all): the judge sees a whole clip. A chunk
+    with a future is told to fit what comes after it. But what comes after was made from this
+    chunk and would move with it, which detached rows do not show. A video that is too fast is
+    told to shrink towards its middle, early chunks forward and late ones back; on average that
+    teaches little about speed.
     """
-    c, how = model.config, dict(steps=FEW_STEPS, sampler="consistency", memory=memory, generator=generator)
-    past = rollout(model, caption, c.frames - c.chunk, **how) if c.frames > c.chunk else ()
-    return torch.cat([*past, *rollout(model, caption, c.chunk, exit=exit, record=record, **how)], dim=1)
+    c = stream.model.config
+    past = c.frames - c.chunk
+    chunks = []
+    if past:
+        chunks += rollout(stream, past, draws, consistency, FEW_STEPS)
+    like = stream.chunk_like()
+
+    def noise() -> Tensor:
+        return draws.normal(*like.shape).to(like.device, like.dtype)
+
+    levels = noise_levels(FEW_STEPS, FEW_SHIFT)
+    levels = levels[:exit + 1]                             # those of the passes until `exit`
+    with torch.no_grad():
+        x = consistency_passes(stream.velocity, noise, levels)
+    with torch.set_grad_enabled(record):
+        answer = x - levels[-1] * stream.velocity(x, levels[-1])                      # (F4)
+    with torch.no_grad():
+        stream.commit(answer)
+    return torch.cat([*chunks, answer], dim=1)
 
 
-def some_noise(video: Tensor, generator: torch.Generator):
-    """(x, sigma, eps): a video at one noise level each, S_5(u) clamped to [0.02, 0.98], where scores are worth comparing."""
-    draw = dict(generator=generator, device=video.device)
-    sigma = shift(torch.rand(len(video), 1, **draw), FEW_SHIFT).clamp(0.02, 0.98).expand(video.shape[:2])
-    eps = torch.randn(video.shape, **draw)
+def some_noise(video: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    """A video with noise of one level per video: (x [B, F, ...], sigma [B, F], eps).
+
+    sigma = S_5(u) for a uniform u, clamped to [0.02, 0.98], where scores are worth comparing.
+    """
+    B, frames = video.shape[:2]
+    u = draws.uniform(B, 1)
+    sigma = shift(u, FEW_SHIFT).clamp(0.02, 0.98)
+    sigma = sigma.expand(B, frames)
+    eps = draws.normal(*video.shape)
     return add_noise(video, eps, sigma), sigma, eps
 
 
-def dmd_gradient(video: Tensor, caption: Tensor, real, fake, guidance: float, generator: torch.Generator) -> Tensor:
-    """The direction in which the generator's videos are more likely than real ones, [B, F, ...]:
+def dmd_gradient(video: Tensor, caption: Tensor, real: VideoDiT, fake: VideoDiT, draws: Draws,
+                 *, guidance: float = 1.0) -> Tensor:
+    """The direction in which the generator's videos are *less* like real ones, [B, F, ...]:
+    gradient descent walks against it.
 
-        mu_s(x) = x - sigma v_s(x, sigma)             the answer of score s, real (guided) or fake            (F4)
-        g = (mu_fake - mu_real) / mean |video - mu_real|       the mean over each video                            (D1)
+    Two bidirectional models judge the same noisy video. The *real score* was trained on true
+    clips, so its answer is the nearest likely true video. The *fake score*, or critic, is
+    trained on the generator's own videos (`critic_loss`); its answer is what the generator
+    tends to make there. Where the two differ, the generator is recognisable.
 
-    The gradient of KL(generator || data) is the difference of their scores; at equal noise the scores differ as the two answers do. The
-    normaliser makes every noise level weigh the same; its floor keeps a video that is already right from dividing by zero.
+        mu_s(x) = x - sigma v_s(x, sigma)       the answer of score s, real or fake      (F4)
+        g       = (mu_fake - mu_real) / mean |video - mu_real|                           (D1)
+
+    This is the gradient of KL(generator || data) up to a weight of each noise level, since at
+    equal noise scores differ as answers do. The divisor, one number per video, makes every
+    level count the same; its floor keeps a video that is already right from dividing by zero.
+    Only the real score is guided.
     """
     with torch.no_grad():
-        x, sigma, _ = some_noise(video, generator)
-        level = sigma[..., None, None, None]
-        mu_fake = x - level * fake.bidirectional(x, sigma, caption)
-        mu_real = x - level * guided(lambda caption: real.bidirectional(x, sigma, caption), caption, guidance)
-        size = (video - mu_real).abs().flatten(1).mean(dim=1).clamp(min=1e-3)
-        return (mu_fake - mu_real) / size[:, None, None, None, None]                                          # (D1)
+        x, sigma, _ = some_noise(video, draws)
+        v_fake = fake.bidirectional(x, sigma, caption)
+        v_real = guided(lambda words: real.bidirectional(x, sigma, words), caption, guidance)
+        mu_fake = x - per_frame(sigma) * v_fake                                       # (F4)
+        mu_real = x - per_frame(sigma) * v_real                                       # (F4)
+        size = (video - mu_real).abs().flatten(1).mean(dim=1)                          # [B]
+        size = size.clamp(min=1e-3)[:, None, None, None, None]
+        return (mu_fake - mu_real) / size                                             # (D1)
 
 
 def dmd_loss(video: Tensor, gradient: Tensor) -> Tensor:
-    """L = 1/2 mean (video - sg(video - g))^2, whose gradient is g / numel: a way to hand autograd a gradient.       (D2)"""
-    return 0.5 * (video - (video - gradient).detach()).square().mean()
+    """L = 1/2 mean (video - sg(video - g))^2, whose gradient by the video is g / numel.    (D2)
+
+    A way to hand autograd a gradient that was computed elsewhere.
+    """
+    goal = (video - gradient).detach()
+    return 0.5 * (video - goal).square().mean()
 
 
-def critic_loss(fake, video: Tensor, caption: Tensor, generator: torch.Generator) -> Tensor:
-    """Flow matching of the critic on the generator's own videos: it must know what is generated *now*.                 (D3)"""
+def critic_loss(fake: VideoDiT, video: Tensor, caption: Tensor, draws: Draws) -> Tensor:
+    """Flow matching of the critic on the generator's own videos, as they are *now*.
+    (D3)
+    """
     video = video.detach()
-    x, sigma, eps = some_noise(video, generator)
-    return velocity_error(fake.bidirectional(x, sigma, caption), video, eps).mean()
+    x, sigma, eps = some_noise(video, draws)
+    v = fake.bidirectional(x, sigma, caption)
+    return velocity_error(v, video, eps).mean()

@@ -1,385 +1,520 @@
-"""Teach a tiny video model, in the three stages of the paper: teacher forcing, consistency distillation, distribution matching.
+"""Teach a tiny video model, in the three stages of the paper: teacher forcing, consistency
+distillation, distribution matching.
 
-    python train.py                                    stage tf: the toy model on bouncing shapes, minutes, on a CPU too
-    python train.py --stage all --out out/all          score, tf, cd, dmd, one after the other (objectives.py says what each is)
-    python train.py --stage cd                         one stage more, from what the last one left in --out
-    python train.py --data digits --out out/digits     real handwritten digits that move (needs scikit-learn)
-    python train.py --data clips.npy --out out/mine    your own clips
-    python train.py --attention dense --out out/dense  the baseline: the same model with standard attention
-    python train.py --deterministic                    the same bits every time
-    python train.py --resume --steps 4000              go on from out/train.pt up to 4000 steps in all
+    python train.py                            stage tf: the toy model on bouncing shapes
+    python train.py --stage all --out out/all  score, tf, cd, dmd, one after the other
+    python train.py --stage cd                 one stage more, from what the last left in --out
+    python train.py --data digits              real handwritten digits that move (scikit-learn)
+    python train.py --data clips.npy           your own clips
+    python train.py --attention dense          the baseline: the same model, standard attention
+    python train.py --deterministic            the same bits every time
+    python train.py --resume --steps 4000      go on from out/train.pt up to 4000 steps in all
 
-Writes to --out: train.pt (all that is needed to go on), STAGE.pt (the weights a stage ends with), model.pt (those that sample.py plays: of
-the last stage that can stream), sample.gif, loss_STAGE.png and report_STAGE.json (the figures it prints, with command, commit, device,
-versions).
+objectives.py says what each stage minimises. Here is how: the recipe, a step of each stage, the
+loop, and the command line. engine/trainer.py makes a step exact, resumable and fast, and
+engine/run_files.py has the files that a run reads and writes.
 """
 
 import argparse
-import contextlib
-import json
-import os
-import signal
+import math
+import random
 import time
-import warnings
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
 import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import load_model, previous, read_last_good, save_model, write_atomically
+from engine.clips import open_world
+from engine.command_line import (as_user_error, between_steps, check_bounds,
+                                 default_device, pick_device, provenance, repeatable, run)
+from engine.judging import cache_line
+from engine.muon import Muon
+from engine.parallel import (any_of, join, mean_over_processes, my_device, processes, rank,
+                             recordable, say, shard)
+from engine.run_files import (check_flags, check_memory, check_nothing_is_lost, finish, judge,
+                              load_state, make_config, read_losses, report, save,
+                              starting_weights)
+from engine.trainer import (Resumable, blend, compiled, fast_products, frozen_copy,
+                            rename_window, reopen_window, side_by_side)
+from flow import FEW_STEPS, SAMPLERS, Stream
 from mla_video import PRESETS, Config, VideoDiT
-from objectives import score_loss, teacher_forcing_loss
-from parallel import any_of, join, mine, rank, world as processes
-from sample import (PROMPTS, SAMPLERS, GifWriter, cache_line, evaluate, pick_device, provenance, report_survival, rollout, run, to_pixels,
-                    unseen_captions)
-from toy_data import CAPTION_SLOTS, WORDS, encode_caption, make_world
-from trainer import ON_CPU, ON_GPU, STAGES, Recipe, Trainer, recipe_for
+from objectives import (consistency_loss, critic_loss, dmd_gradient, dmd_loss, score_loss,
+                        self_rollout, teacher_forcing_loss)
 
-# What a stage may start from: the first by itself, if it is in --out, another where --start names it. "" is from scratch.
+# The stages in their order, and what each may start from: the first by itself, if it is there;
+# another where --start names it; "" is from scratch.
 STARTS = {"score": ("",), "tf": ("score", ""), "cd": ("tf",), "dmd": ("cd", "tf")}
+STAGES = tuple(STARTS)
 
 
-def save(trainer: Trainer, out: Path) -> None:
-    """Write train.pt; ValueError, and the file as it was, if the weights are not numbers any more."""
-    learners = [trainer.learner, *([trainer.critic] if trainer.critic else [])]
-    if not all(weight.isfinite().all() for learner in learners for weight in learner.weights):
-        raise ValueError(f"training diverged: the weights are not finite at step {trainer.step}; the last good checkpoint is kept in {out}")
-    start, state = time.perf_counter(), trainer.state()
-    if rank() == 0:
-        write_atomically(out / "train.pt", state, keep=True)
-    trainer.saving += time.perf_counter() - start
+# ---- the recipe ------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train a stage."""
+
+    stage: str = "tf"
+    steps: int = 2000              # dmd: of the critic; every fifth is the generator's, too
+    batch: int = 16
+    lr_muon: float = 3e-3          # of the matrices of the blocks
+    lr_adamw: float = 1.5e-3       # of everything else
+    warmup: int = 50
+    final: float = 0.05            # the rate at the end, as a share of the peak
+    ema: float = 0.99              # what the moving average keeps of itself at a step
+    clip: float = 1.0
+    drop: float = 0.1              # score, tf: captions replaced by "none", so guidance exists
+    spread: float = 1.0            # of the logit-normal noise level before its shift
+    guidance: float = 1.0          # of the teacher in cd, of the real score in dmd
+    critic: float = 1.0            # the critic's rates, as a multiple of the generator's
+    every: int = 5                 # critic updates for one of the generator
+    # Sampler steps at which the last chunk of a self-rollout may end.
+    exits: tuple[int, ...] = tuple(range(FEW_STEPS))
+    # Share of self-rollouts that begin new videos. Few, since old videos are what is used: a
+    # speed that is right on average over young and old is too fast in the old.
+    restart: float = 0.01
+    switch: float = 0.1            # share of videos whose caption changes with a clip length
+    seed: int = 0
 
 
-@contextlib.contextmanager
-def between_steps():
-    """Ctrl-C and SIGTERM wait until a step is whole, or the weights that are saved would be half-way between two steps; a second one
-    does not wait. Yields the list of signals so far."""
-    asked = []
+# What differs by stage. Distillation moves little, and at a high rate it shakes what teacher
+# forcing has learned: motion turns jerky. The target of cd must pass an answer down 48 levels,
+# so its average is short.
+DISTILL = {
+    "cd": dict(lr_muon=1.5e-4, lr_adamw=7.5e-5, ema=0.98),
+    "dmd": dict(lr_muon=1e-4, lr_adamw=5e-5, critic=4.0),
+}
+# And by machine. A GPU has steps enough for lower rates and longer averages. The critic's own
+# rate (critic x lr) is the same on both: it must keep up.
+ON_CPU = {
+    "score": dict(steps=1000),
+    "tf": dict(steps=1600),
+    "cd": dict(steps=300),
+    "dmd": dict(steps=300),
+}
+ON_GPU = {
+    "score": dict(steps=14_000, batch=64, lr_muon=4.5e-3, ema=0.998),
+    "tf": dict(steps=20_000, batch=64, lr_muon=4.5e-3, ema=0.998),
+    "cd": dict(steps=2000, batch=64, lr_muon=7.5e-5, lr_adamw=4e-5, ema=0.99),
+    "dmd": dict(steps=1600, batch=64, lr_muon=4e-5, lr_adamw=2e-5, critic=10.0),
+}
 
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt(number)
-        asked.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def recipe_for(stage: str, device: torch.device, **given) -> Recipe:
+    """The recipe of a stage on this kind of device, with what is given."""
+    machine = ON_GPU
+    if device.type == "cpu":
+        machine = ON_CPU
+    settings = {**DISTILL.get(stage, {}), **machine[stage], **given}
+    return Recipe(stage=stage, **settings)
 
 
-@contextlib.contextmanager
-def repeatable(asked: bool, device: torch.device):
-    """Within it, if asked, torch takes only algorithms that give the same bits every time; ValueError in one line where there is none.
+def rate_at(step: int, recipe: Recipe) -> float:
+    """The learning rate as a share of its peak: warm-up, then a cosine down to `final`."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    falling = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))           # 1 ... 0
+    return recipe.final + (1 - recipe.final) * falling
 
-    Data and noise depend on (seed, step) alone, so what is left is the order in which a GPU's threads add: in index_add and its kind, and
-    in attention's backward pass, where torch now takes flash or memory-efficient attention in their ordered form, never cuDNN's.
-    cuBLAS, too, adds in an order that depends on its scratch memory, whose size it reads from the environment when it starts: at the
-    first product, so after this line. On a CPU the order is that of the threads, so their number must be the same.
+
+def decay_at(step: int, recipe: Recipe) -> float:
+    """What the moving average keeps of itself. While a network learns fast (score, tf) it is
+    short: it spans about the last tenth of the steps so far."""
+    if recipe.stage in ("cd", "dmd"):
+        return recipe.ema
+    return min(recipe.ema, (1 + step) / (10 + step))
+
+
+# ---- one step --------------------------------------------------------------------------------
+
+class Learner:
+    """A network and the optimisers of its weights.
+
+    Muon makes an update orthogonal, so that every direction of a matrix learns at one pace.
+    There is one for the matrices of each block, and an AdamW for everything else. `times`
+    multiplies the rates.
     """
-    if not asked:
-        yield
-        return
-    if device.type == "mps":
-        raise ValueError("--deterministic is for cpu and cuda: Apple's MPS makes no such promise")
-    if device.type == "cuda" and os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") not in (":4096:8", ":16:8"):
-        raise ValueError("--deterministic needs the environment's CUBLAS_WORKSPACE_CONFIG to be :4096:8 or :16:8, or not set; it is "
-                         + repr(os.environ["CUBLAS_WORKSPACE_CONFIG"]))
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    except RuntimeError as error:                          # its first sentence names the operation
-        if "determinis" not in str(error).lower():
-            raise
-        raise ValueError(f"--deterministic cannot be kept on this {device.type}: {str(error).split('. ')[0]}") from error
-    finally:
-        torch.use_deterministic_algorithms(before)
+
+    def __init__(self, model: VideoDiT, recipe: Recipe, times: float = 1.0):
+        self.model = model
+        self.clip = recipe.clip
+        self.weights = list(model.parameters())
+        self.optimisers = []
+        others = {id(weight): weight for weight in self.weights}
+        for block in model.blocks:
+            matrices = [weight for weight in block.parameters() if is_matrix(weight)]
+            muon = Muon(matrices, lr=times * recipe.lr_muon, weight_decay=0.01)
+            self.optimisers.append(muon)
+            for weight in matrices:
+                del others[id(weight)]
+        adamw = torch.optim.AdamW(
+            list(others.values()), lr=times * recipe.lr_adamw, betas=(0.9, 0.95),
+            weight_decay=0.0, capturable=recordable(self.weights[0].device))
+        self.optimisers.append(adamw)
+
+    def step(self, loss: Tensor, rate: Tensor) -> Tensor:
+        """Change the weights so that the loss falls; returns the loss, without its graph."""
+        loss.backward()
+        loss = mean_over_processes(loss, self.weights)     # and their gradients, too
+        clip_grad_norm_(self.weights, self.clip)
+        before = [weight.detach().clone() for weight in self.weights]
+        for optimiser in side_by_side(self.optimisers, loss.device):
+            optimiser.step()
+        # That was a step at the peak rate. Both rules move weights in proportion to their rate,
+        # so it is drawn back to `rate` of its length, and no number of theirs ever changes.
+        blend(self.weights, before, 1 - rate)
+        for weight in self.weights:
+            weight.grad = None
+        return loss.detach()
 
 
-def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int | None = None) -> list[dict]:
-    """Run up to recipe.steps in all. Saves at once (what cannot be written is better known now), every `save_every` steps, at the end,
-    and on Ctrl-C or SIGTERM. With `curve`, judges 64 rollouts every so many steps and returns what it found; trainer.seconds counts
-    training with its saves, and not the judging. ValueError that names the loss that went first if training diverges; train.pt is then
-    the last good one."""
-    steps, stage, found = trainer.recipe.steps, trainer.recipe.stage, []
-    save_every = save_every or (250 if trainer.device.type == "cpu" else 1000)         # a GPU's steps are short beside a save
-    bar = tqdm(total=steps, initial=trainer.step, desc=f"training {stage}", dynamic_ncols=True, disable=rank() > 0)
+def is_matrix(weight: Tensor) -> bool:
+    """Biases are not, nor is the modulation: six vectors that stand in one tensor."""
+    return weight.dim() == 2 and min(weight.shape) > 6
+
+
+def flow_step(trainer: "Trainer", x0: Tensor, caption: Tensor, rate: Tensor, fresh: Tensor):
+    """score and tf: flow matching, of whole clips or of chunks given the clean ones before."""
+    recipe = trainer.recipe
+    objective = score_loss if recipe.stage == "score" else teacher_forcing_loss
+    model = trainer.on_clips["model"]
+    with trainer.precision():
+        loss, _, _ = objective(model, x0, caption, trainer.draws,
+                               drop=recipe.drop, spread=recipe.spread)
+    loss = trainer.learner.step(loss, rate)
+    trainer.average(fresh)
+    return (loss,)
+
+
+def distillation_step(trainer: "Trainer", x0: Tensor, caption: Tensor, rate: Tensor,
+                      fresh: Tensor):
+    """cd: the student is the model, its target the moving average, and its teacher the model as
+    it was at the start."""
+    student = trainer.on_clips["model"]
+    target = trainer.on_clips["ema"]
+    teacher = trainer.on_clips["teacher"]
+    with trainer.precision():
+        loss = consistency_loss(student, target, teacher, x0, caption, trainer.draws,
+                                guidance=trainer.recipe.guidance)
+    loss = trainer.learner.step(loss, rate)
+    trainer.average(fresh)
+    return (loss,)
+
+
+STEPS = {"score": flow_step, "tf": flow_step, "cd": distillation_step}
+
+
+def generator_step(trainer: "Trainer", exit: int, rate: Tensor, fresh: Tensor, *start: Tensor):
+    """dmd: the model makes videos, and moves to where they are more likely to be real."""
+    video, caption, end = own_video(trainer, exit, True, *start)
+    real = trainer.on_clips["score"]
+    fake = trainer.on_clips["critic"]
+    with trainer.precision():
+        gradient = dmd_gradient(video, caption, real, fake, trainer.draws,
+                                guidance=trainer.recipe.guidance)
+    loss = trainer.learner.step(dmd_loss(video, gradient), rate)
+    trainer.average(fresh)
+    return (loss, *end)
+
+
+def critic_step(trainer: "Trainer", exit: int, rate: Tensor, *start: Tensor):
+    """dmd: the critic learns the score of the videos that the model makes now."""
+    video, caption, end = own_video(trainer, exit, False, *start)
+    critic = trainer.on_clips["critic"]
+    with trainer.precision():
+        loss = critic_loss(critic, video, caption, trainer.draws)
+    loss = trainer.critic.step(loss, rate)
+    return (loss, *end)
+
+
+def own_video(trainer: "Trainer", exit: int, record: bool, caption: Tensor,
+              before: Tensor | None = None, *buffers: Tensor):
+    """A clip length [B, F, ...] of the model's own making: new videos, or, given the captions
+    `before` and the cache's buffers, more of those under way, some with another caption.
+
+    Returns (video, its captions, what the next step needs to go on with it).
+    """
+    cache = trainer.model.make_cache(len(caption))
+    if buffers:
+        reopen_window(cache, buffers)
+        change = trainer.draws.uniform(len(caption), 1) < trainer.recipe.switch
+        caption = torch.where(change, caption, before)
+    stream = Stream(trainer.model, caption, cache)
+    video = self_rollout(stream, trainer.draws, exit, record)
+    rename_window(cache)
+    return video, caption, (caption, *cache.buffers)
+
+
+# ---- the trainer -----------------------------------------------------------------------------
+
+class Trainer(Resumable):
+    """The networks of a stage and what is done with them at a step.
+
+    `model` is trained; `ema` is its moving average, which the stage ends with. In cd a frozen
+    copy of the model is the teacher. In dmd `score` is the real score, frozen too, and the
+    critic starts as its copy. `sharded` divides all of them among the processes. `compile`
+    names a torch.compile backend for the passes over whole clips (`on_clips`).
+    """
+
+    def __init__(self, model: VideoDiT, recipe: Recipe, world, device: torch.device,
+                 score: VideoDiT | None = None, sharded: bool = False,
+                 compile: str | None = None):
+        super().__init__(recipe, world, device)
+        self.model = model.to(device).train()
+        self.ema = frozen_copy(self.model)
+        self.frozen = {}
+        networks = {"model": self.model, "ema": self.ema}
+        if recipe.stage == "cd":
+            self.frozen["teacher"] = frozen_copy(self.model)
+        if recipe.stage == "dmd":
+            self.frozen["score"] = frozen_copy(score.to(device))
+            networks["critic"] = frozen_copy(score).train().requires_grad_(True)
+        networks.update(self.frozen)
+        if sharded:                        # before the optimisers, which must hold the shards
+            for network in networks.values():
+                shard(network)
+        self.learner = Learner(self.model, recipe)
+        self.critic = None
+        if recipe.stage == "dmd":
+            self.critic = Learner(networks["critic"], recipe, recipe.critic)
+        torch.compiler.reset()             # an earlier stage's graphs do not count for this one
+        self.on_clips = {}
+        for name, network in networks.items():
+            self.on_clips[name] = compiled(network, compile)
+
+    def update(self, x0: Tensor, caption: Tensor) -> Tensor:
+        """One step on one batch; returns its loss (on the device: to read it would wait for a
+        GPU). `recorded` calls a step function, on a GPU by replaying its recording."""
+        recipe = self.recipe
+        self.seed_draws()                                  # from (seed, step)
+        x0 = self.to_device(x0)
+        caption = self.to_device(caption)
+        rate = self.number(rate_at(self.step, recipe))
+        fresh = self.number(1 - decay_at(self.step, recipe))
+        if recipe.stage == "dmd":
+            # Python's dice: the shape of the computation depends on what they show.
+            dice = random.Random(f"{recipe.seed} {self.step}")
+            if self.step % recipe.every == 0:
+                self.on_own_videos("generator", generator_step, dice, rate, fresh, caption)
+            loss = self.on_own_videos("critic", critic_step, dice, rate, caption)
+        else:
+            step = STEPS[recipe.stage]
+            loss, = self.recorded(recipe.stage, step, x0, caption, rate, fresh)
+            self.note(recipe.stage, loss)
+        self.step += 1
+        return loss
+
+    def on_own_videos(self, name: str, step, dice: random.Random, *inputs: Tensor) -> Tensor:
+        """A step of dmd: on new videos now and then, else on those of the last step, which
+        become a clip length older each time."""
+        exit = dice.choice(self.recipe.exits)
+        under_way = self.videos
+        new = under_way is None or dice.random() < self.recipe.restart
+        if new:
+            under_way = ()
+
+        def step_with_exit(trainer, *inputs):
+            return step(trainer, exit, *inputs)
+
+        # Exit and kind of start change the computation: one recording for each.
+        key = (name, exit, new)
+        loss, *self.videos = self.recorded(key, step_with_exit, *inputs, *under_way)
+        self.note(name, loss)
+        return loss
+
+    @torch.no_grad()
+    def average(self, fresh: Tensor) -> None:
+        """ema += fresh * (model - ema)"""
+        blend(list(self.ema.parameters()), self.learner.weights, fresh)
+
+
+# ---- the loop --------------------------------------------------------------------------------
+
+def train(trainer: Trainer, out: Path, curve: int = 0,
+          save_every: int | None = None) -> list[dict]:
+    """Run up to recipe.steps in all.
+
+    Saves train.pt at once (what cannot be written is better known now), every `save_every`
+    steps, at the end, and on Ctrl-C or SIGTERM. With `curve`, judges 64 rollouts every so many
+    steps and returns what it found. trainer.seconds counts training with its saves, and not the
+    judging. UserError that names the loss that went first if training diverges; then train.pt is
+    the last good one.
+    """
+    steps = trainer.recipe.steps
+    found = []
+    if save_every is None:
+        # A GPU's steps are short beside a save.
+        save_every = 250 if trainer.device.type == "cpu" else 1000
     if trainer.step == 0:
         save(trainer, out)
+    bar = tqdm(total=steps, initial=trainer.step, desc=f"training {trainer.recipe.stage}",
+               dynamic_ncols=True, disable=rank() > 0)
     start = time.perf_counter() - trainer.seconds
-    with between_steps() as asked, bar:
-        for x0, caption in trainer.batches():
+    with between_steps() as signals, bar:
+        for step, (x0, caption) in enumerate(trainer.batches(), start=trainer.step + 1):
             trainer.update(x0, caption)
             bar.update()
-            saving = trainer.step % save_every == 0 or trainer.step == steps
-            if trainer.step % 10 == 0 or trainer.step == steps:        # reading losses waits for the GPU: not every step
-                try:
-                    trainer.read_losses()
-                except ValueError as error:
-                    raise ValueError(f"{error}; the last good checkpoint is kept in {out}") from None
-                bar.set_postfix({name: f"{mean(value for _, value in values[-10:]):.4f}" for name, values in trainer.losses.items()})
+            if step % 10 == 0 or step == steps:            # to read losses waits for the GPU
+                bar.set_postfix(read_losses(trainer, out))
             trainer.seconds = time.perf_counter() - start
-            if saving:
+            if step % save_every == 0 or step == steps:
                 save(trainer, out)
-            if curve and trainer.step % curve == 0:
-                report = evaluate(trainer.ema, unseen_captions(64, trainer.recipe.seed), 10 * trainer.model.config.frames,
-                                  trainer.recipe.seed, **SAMPLERS[stage])
-                found.append({"step": trainer.step, "seconds": round(trainer.seconds, 1), **report})
-                tqdm.write(f"step {trainer.step}, {trainer.seconds:.0f} s: survival {100 * report['survival']:.0f} %")
+            if curve and step % curve == 0:
+                found.append(judge(trainer))
                 start = time.perf_counter() - trainer.seconds
-            if any_of(bool(asked), trainer.device):
+            if any_of(bool(signals), trainer.device):
                 save(trainer, out)
                 finish(trainer, out)
-                raise KeyboardInterrupt(*asked[:1])
+                raise KeyboardInterrupt(*signals[:1])
     return found
 
 
-def finish(trainer: Trainer, out: Path) -> None:
-    """Write the moving average: STAGE.pt, from which the next stage starts, and model.pt, which sample.py plays."""
-    r = trainer.recipe
-    trainer.put_together()
-    if rank():
-        return
-    for name in (r.stage, "model") if r.stage in SAMPLERS else (r.stage,):
-        save_model(out / f"{name}.pt", trainer.ema, data=trainer.world.name, stage=r.stage, steps=trainer.step, seed=r.seed)
+# ---- the command line ------------------------------------------------------------------------
 
-
-def draw_losses(losses: dict[str, list[tuple[int, float]]], stage: str, path: Path) -> None:
-    """The loss curves as a picture, with their running means."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, pairs in losses.items():
-        steps, values = zip(*pairs)
-        axes.semilogy(steps, values, color="0.8")
-        axes.semilogy(steps, [mean(values[max(0, i - 9):i + 1]) for i in range(len(values))], label=f"{name}, mean of the last 100 steps")
-    axes.set(xlabel="step", ylabel="loss", title=f"stage {stage}")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-@torch.no_grad()
-def loss_by_noise(trainer: Trainer, bins: int = 5) -> list[tuple[float, float, float]]:
-    """[(sigma from, to, mean loss)] of the averaged model on 4 unseen batches: the mean loss hides that low noise (detail) and
-    high noise (what, where) are learned at different times."""
-    r, total = replace(trainer.recipe, drop=0.0), torch.zeros(2, bins)
-    objective = score_loss if r.stage == "score" else teacher_forcing_loss
-    for i in range(4):
-        x0, caption = (part.to(trainer.device) for part in trainer.batch(2**31 + i))
-        generator = torch.Generator(trainer.device).manual_seed(i)
-        _, sigma, error = objective(trainer.ema, x0, caption, r, generator)
-        index = (sigma.cpu() * bins).long().clamp(max=bins - 1).flatten()
-        total.index_add_(1, index, torch.stack((error.cpu().flatten(), torch.ones(index.shape))))
-    return [(i / bins, (i + 1) / bins, (total[0, i] / total[1, i]).item()) for i in range(bins) if total[1, i]]
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line; `argv` None takes the process' own. Exits with code 2 and one line on input it cannot use."""
-    parser = argparse.ArgumentParser(description="Train a causal video diffusion transformer on small clips, in the paper's three stages.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--stage", default="tf", choices=(*STAGES, "all"), help="score: bidirectional model of whole clips, which tf may "
-                        "start from and dmd needs; tf: teacher forcing; cd: consistency distillation; dmd: distribution matching; all: one "
-                        "after the other")
-    parser.add_argument("--attention", default="mla", choices=("mla", "dense"))
-    parser.add_argument("--data", default="shapes", help="shapes, digits, occluder, or a .npy, .npz, .gif or video file")
-    parser.add_argument("--preset", default="toy", choices=tuple(PRESETS), help="size of the model")
-    parser.add_argument("--config", action="append", default=[], metavar="NAME=N", help="another size, e.g. window=6; may be repeated")
-    parser.add_argument("--steps", type=int, help="steps of each stage, earlier runs included (default, on a CPU / a GPU: "
-                        + ", ".join(f"{stage} {ON_CPU[stage]['steps']} / {ON_GPU[stage]['steps']}" for stage in STAGES) + ")")
-    parser.add_argument("--batch", type=int, help="clips per step (default: 16 on a CPU, 64 on a GPU)")
-    parser.add_argument("--out", default="out", help="folder for everything that is written")
-    parser.add_argument("--start", metavar="PATH", help="weights that the stage starts from (default: OUT/score.pt for tf, if it is there; "
-                        "OUT/tf.pt for cd, OUT/cd.pt for dmd)")
-    parser.add_argument("--score", metavar="PATH", help="score model that dmd needs (default: OUT/score.pt)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, up to --steps in all")
-    parser.add_argument("--evaluate", type=int, default=64, metavar="N", help="rollouts to judge at the end of a stage; 0: none")
-    parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="judge 64 rollouts every so many steps, too; 0: never")
-    parser.add_argument("--save-every", type=int, metavar="STEPS", help="steps between two saves of train.pt (default: 250 on a CPU, 1000 "
-                        "on a GPU)")
-    parser.add_argument("--shard", action="store_true", help="with torchrun: divide weights and optimisers among the processes, too")
-    parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the passes over whole clips: on a GPU faster "
-                        "steps, after a minute of compiling; needs a C compiler")
-    parser.add_argument("--deterministic", action="store_true", help="the same bits from every run with the same flags, device, number of "
-                        "processes and threads, and versions; slower on a GPU")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run(train_from, parser.parse_args(argv))
-
-
-def make_config(args) -> Config:
-    """The preset with --attention and every --config NAME=N applied; ValueError in one line for what cannot be."""
-    sizes = [name for name, value in asdict(PRESETS[args.preset]).items() if isinstance(value, int) and name not in ("words", "slots")]
-    chosen = {}
-    for item in args.config:
-        name, _, value = item.partition("=")
-        if name not in sizes or not value.lstrip("-").isdigit():
-            raise ValueError(f"--config takes NAME=N with one of {', '.join(sizes)}; got {item!r}")
-        chosen[name] = int(value)
-    config = replace(PRESETS[args.preset], attention=args.attention, words=len(WORDS), slots=CAPTION_SLOTS, **chosen)
-    if config.height != config.width or config.channels != 3:
-        raise ValueError(f"the data makes square RGB frames; the config wants {config.channels} x {config.height} x {config.width}")
-    return config
-
-
-def make_recipe(args, stage: str, device: torch.device) -> Recipe:
-    """`trainer.recipe_for` with what the command line sets, and its own value where it sets nothing."""
-    given = {name: getattr(args, name) for name in ("steps", "batch") if getattr(args, name) is not None}
-    return recipe_for(stage, device, seed=args.seed, **given)
-
-
-def train_from(args) -> None:
-    """Everything is checked before anything is written. ValueError in one line for what the user can mend."""
-    device, out = join(pick_device(mine(args.device))), Path(args.out)
-    for name, low, top in (("steps", 1, 10**9), ("batch", 1, 2**16), ("evaluate", 0, 10_000), ("curve", 0, 10**9), ("save_every", 1, 10**9),
-                           ("seed", 0, 2**31)):
-        if (value := getattr(args, name)) is not None and not low <= value <= top:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low} and at most {top}, got {value}")
+def train_from(args: argparse.Namespace) -> None:
+    """Everything is checked before anything is written. UserError for what the user can
+    mend."""
+    check_bounds(args, steps=(1, 10**9), batch=(1, 2**16), evaluate=(0, 10_000),
+                 curve=(0, 10**9), save_every=(1, 10**9), seed=(0, 2**31))
+    device = pick_device(my_device(args.device))
+    join(device)
+    out = Path(args.out)
     config = make_config(args)
     check_memory(config, device, processes() if args.shard else 1)
-    world = make_world(args.data, frames=config.frames, size=config.height, seed=args.seed)
-    stages = STAGES if args.stage == "all" else (args.stage,)
-    if args.shard and processes() == 1:
-        raise ValueError("--shard divides a model among several processes: start them with torchrun --nproc_per_node=N train.py ...")
-    if args.shard and args.compile:
-        raise ValueError("--shard and --compile do not go together: weights that are put together block by block break the graphs")
-    for stage in stages:
-        if (batch := make_recipe(args, stage, device).batch) % processes():
-            raise ValueError(f"a batch of {batch} clips cannot be divided among {processes()} processes: choose another --batch")
-    if args.curve and (world.name != "shapes" or args.stage == "score"):
-        raise ValueError(f"--curve judges rollouts in the shapes world, whose truth is known; not in {world.name}, nor of a score model")
-    if args.start and args.stage in ("score", "all") or args.score and args.stage != "dmd":
-        raise ValueError(f"--start is for the stages tf, cd and dmd, and --score for dmd; --stage {args.stage} has no use for what you name")
-    state = load_state(out / "train.pt", stages, config, world, args, device) if args.resume else None
-    if state:
-        stages = stages[stages.index(state["recipe"]["stage"]):]
-    elif (out / "train.pt").exists() or previous(out / "train.pt").exists():
-        other = read_state(out / "train.pt")
-        if args.stage in ("all", other["recipe"]["stage"]) or other["step"] < other["recipe"]["steps"]:
-            raise ValueError(f"{out / 'train.pt'} exists (stage {other['recipe']['stage']}, step {other['step']}): go on from it with "
-                             "--resume, or choose another folder with --out")
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")       # RMSNorm under autocast is right, if slower
-    # Products of float32 matrices may use the fast units: TF32 on a GPU, oneDNN (on AMD severalfold faster than MKL) on a CPU.
-    torch.set_float32_matmul_precision("medium")
-    with repeatable(args.deterministic, device):
+    with as_user_error():
+        world = open_world(args.data, config.frames, config.height, args.seed)
+    stages = [args.stage]
+    if args.stage == "all":
+        stages = list(STAGES)
+    recipes = {stage: make_recipe(args, stage, device) for stage in stages}
+    check_flags(args, recipes, world)
+    state = None
+    if args.resume:
+        state = load_state(out / "train.pt", recipes, config, world)
+        reached = STAGES.index(state["recipe"]["stage"])
+        stages = [stage for stage in stages if STAGES.index(stage) >= reached]
+    else:
+        check_nothing_is_lost(out / "train.pt", recipes)
+    with fast_products(), repeatable(args.deterministic, device):
         for stage in stages:
-            train_stage(args, make_recipe(args, stage, device), config, world, state, device, out)
-            any_of(False, device)                          # process 0 has written what the next stage starts from
+            train_stage(args, recipes[stage], config, world, state, device)
+            any_of(False, device)          # all wait for what the next stage starts from
             state = None
 
 
-def check_memory(config: Config, device: torch.device, shards: int) -> None:
-    """ValueError in one line if weights, gradients, average and optimisers cannot fit: better than the system's sudden end."""
-    with torch.device("meta"):
-        one, two = (sum(p.numel() for p in VideoDiT(replace(config, layers=n)).parameters()) for n in (1, 2))
-    need = 4 * 5 * (one + (config.layers - 1) * (two - one)) // shards         # 4 bytes: weight, gradient, average, two moments
-    room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else \
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else need
-    if need > room:
-        raise ValueError(f"training this model takes {need / 2**30:,.0f} GiB for weights and optimisers alone, and there are "
-                         f"{room / 2**30:,.0f}: choose a smaller --preset or --config, or more processes and --shard")
+def make_recipe(args: argparse.Namespace, stage: str, device: torch.device) -> Recipe:
+    """`recipe_for` with what the command line sets, and its own value where it sets nothing."""
+    given = {"seed": args.seed}
+    for name in ("steps", "batch"):
+        value = getattr(args, name)
+        if value is not None:
+            given[name] = value
+    return recipe_for(stage, device, **given)
 
 
-def train_stage(args, recipe: Recipe, config: Config, world, state: dict | None, device: torch.device, out: Path) -> None:
+def train_stage(args: argparse.Namespace, recipe: Recipe, config: Config, world,
+                state: dict | None, device: torch.device) -> None:
     """One stage from its start, or from `state`, to its files and its figures."""
     stage = recipe.stage
-    torch.manual_seed(args.seed)                           # initial weights; everything later depends on (seed, step)
-    model, score = VideoDiT(config), VideoDiT(config) if stage == "dmd" else None
-    starts = []
+    out = Path(args.out)
+    torch.manual_seed(args.seed)       # initial weights; all else depends on (seed, step)
+    model = VideoDiT(config)
+    score = None
+    if stage == "dmd":
+        score = VideoDiT(config)
+    origin = "train.pt"
     if state is None:
-        start = Path(args.start or out / f"{STARTS[stage][0]}.pt")
-        if args.start or start.is_file() and STARTS[stage][0] or "" not in STARTS[stage]:
-            model = load_start(start, stage, STARTS[stage], config, world)
-            starts.append(str(start))
-        if stage == "dmd":
-            starts.append(str(args.score or out / "score.pt"))
-            score = load_start(Path(starts[-1]), stage, ("score",), config, world)
-    trainer = Trainer(model, recipe, world, device, score, args.shard, "inductor" if args.compile else None)
-    if state:
+        model, score, origin = starting_weights(args, model, score, stage,
+                                                STARTS[stage], world)
+    backend = "inductor" if args.compile else None
+    trainer = Trainer(model, recipe, world, device, score, args.shard, backend)
+    if state is not None:
         trainer.restore(state)
-    origin = provenance(device)                            # now: a long run must name the commit it started from
+    about = provenance(device)         # now: a long run must name the commit it started from
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{stage}: {config.attention} {args.preset}, {sum(p.numel() for p in model.parameters()):,} parameters; {recipe.batch} clips of "
-          f"{config.frames} frames a step from {world.name}; {device.type}; starts from "
-          + (" and ".join(starts) or ("train.pt" if state else "scratch")))
+    weights = sum(weight.numel() for weight in model.parameters())
+    say(f"{stage}: {config.attention} {args.preset}, {weights:,} parameters; "
+        f"{recipe.batch} clips of {config.frames} frames a step from {world.name}; "
+        f"{device.type}; starts from {origin}")
     if world.reads:
-        print(f"data         {world.reads}")
-    print(cache_line(trainer.model, 1))
-    curve = train(trainer, out, args.curve if stage in SAMPLERS else 0, args.save_every)
+        say(f"data         {world.reads}")
+    say(cache_line(trainer.model, 1))
+    curve = args.curve
+    if stage not in SAMPLERS:                              # a score model cannot stream
+        curve = 0
+    found = train(trainer, out, curve, args.save_every)
     finish(trainer, out)
-    if rank():
-        return
-    if trainer.losses:
-        draw_losses(trainer.losses, stage, out / f"loss_{stage}.png")
-    by_noise, judged = None, None
-    if stage in ("score", "tf"):
-        by_noise = loss_by_noise(trainer)
-        print("loss by noise level: " + ", ".join(f"{a:.1f}-{b:.1f}: {loss:.4f}" for a, b, loss in by_noise))
-    if stage in SAMPLERS:
-        prompts = PROMPTS if world.name == "shapes" else ("",) * 4
-        captions = torch.stack([encode_caption(prompt) for prompt in prompts])
-        gif = GifWriter(out / "sample.gif")
-        noise = torch.Generator().manual_seed(args.seed)
-        for chunk in rollout(trainer.ema, captions, 10 * config.frames, generator=noise, **SAMPLERS[stage]):
-            gif.append(to_pixels(chunk))
-        if args.evaluate and world.name == "shapes":
-            judged = report_survival(trainer.ema, args.evaluate, 10 * config.frames, args.seed, **SAMPLERS[stage])
-    report = {**origin, "stage": stage, "attention": config.attention, "steps": trainer.step, "batch": recipe.batch, "seed": args.seed,
-              "training_seconds": round(trainer.seconds, 1), "saving_seconds": round(trainer.saving, 2),
-              "processes": processes(), "threads": torch.get_num_threads(), "deterministic": args.deterministic,
-              "loss_by_noise": by_noise, "rollouts": args.evaluate, "survival": judged, "curve": curve}
-    (out / f"report_{stage}.json").write_text(json.dumps(report, indent=1))
-    print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {out} now: "
-          + ", ".join(sorted(path.name for path in out.iterdir())))
-    if stage in SAMPLERS:
-        print(f"next: python sample.py --checkpoint {out / 'model.pt'} --frames 480 --out {out / 'long.gif'}")
+    trainer.close()
+    if rank() == 0:
+        about |= {"deterministic": args.deterministic, "curve": found}
+        report(trainer, out, args.evaluate, about)
 
 
-def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config, world) -> VideoDiT:
-    """The weights that a stage starts from; ValueError in one line that names both sides if they are of another kind."""
-    if not path.is_file():
-        needed = " or ".join(f"a {name} model" for name in allowed if name)
-        raise ValueError(f"stage {stage} needs {needed}, and there is none at {path}: train it with --stage {allowed[0] or stage}, or name "
-                         f"one with {'--score' if stage == 'dmd' and allowed == ('score',) else '--start'}")
-    model, about = load_model(path)
-    pairs = [("stage", about.get("stage"), " or ".join(name for name in allowed if name)), ("data", about.get("data"), world.name)]
-    pairs += [(name, value, asdict(config)[name]) for name, value in asdict(model.config).items()]
-    for what, theirs, mine in pairs:
-        if theirs != mine and not (what == "stage" and theirs in allowed):
-            raise ValueError(f"stage {stage} cannot start from {path}: its {what} is {theirs}, and {mine} is needed")
-    return model.float()
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train a causal video diffusion transformer on small clips, in the paper's "
+                    "three stages.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_what(parser.add_argument)
+    add_how(parser.add_argument)
+    return parser
 
 
-def read_state(path: Path) -> dict:
-    """The training state at `path`, or the one saved before it; ValueError in one line if it is none."""
-    state = read_last_good(path, {"config", "recipe", "data", "step", "seconds", "learner", "critic", "frozen", "videos", "ema",
-                                  "losses", "recent"})
-    config, recipe = state["config"], state["recipe"]
-    if not isinstance(config, dict) or not isinstance(recipe, dict) or recipe.get("stage") not in STAGES or \
-            not all(type(number) is int for number in (state["step"], *(recipe.get(name) for name in ("steps", "batch", "seed")))):
-        raise ValueError(f"{path} is not a training state: its config, recipe or step is not of a run of this program")
-    return state
+def add_what(add) -> None:
+    """Flags that say what is trained, and from what."""
+    add("--stage", default="tf", choices=(*STAGES, "all"),
+        help="score: bidirectional model of whole clips, which tf may start from and dmd "
+             "needs; tf: teacher forcing; cd: consistency distillation; dmd: distribution "
+             "matching; all: one after the other")
+    add("--attention", default="mla", choices=("mla", "dense"))
+    add("--data", default="shapes",
+        help="shapes, digits, occluder, or a .npy, .npz, .gif or video file")
+    add("--preset", default="toy", choices=tuple(PRESETS), help="size of the model")
+    add("--config", action="append", default=[], metavar="NAME=N",
+        help="another size, e.g. window=6; may be repeated")
+    add("--out", default="out", help="folder for everything that is written")
+    add("--start", metavar="PATH",
+        help="weights that the stage starts from (default: OUT/score.pt for tf, if it is "
+             "there; OUT/tf.pt for cd, OUT/cd.pt for dmd)")
+    add("--score", metavar="PATH", help="score model that dmd needs (default: OUT/score.pt)")
+    add("--resume", action="store_true",
+        help="go on from the checkpoint in --out, up to --steps in all")
 
 
-def load_state(path: Path, stages: tuple[str, ...], config: Config, world, args, device: torch.device) -> dict:
-    """The training state at `path`, if it is a run of these stages, config, data, batch and seed; ValueError in one line otherwise."""
-    state = read_state(path)
-    stage = state["recipe"]["stage"]
-    if stage not in stages:
-        raise ValueError(f"cannot resume {path}: it is at stage {stage}, and you ask for {' '.join(stages)}")
-    recipe = make_recipe(args, stage, device)
-    for what, mine, theirs in (("config", asdict(config), state["config"]), ("data", world.name, state["data"]),
-                               ("batch", recipe.batch, state["recipe"]["batch"]), ("seed", recipe.seed, state["recipe"]["seed"])):
-        if mine != theirs:
-            if isinstance(mine, dict):                     # name the settings that differ, not all of them
-                mine, theirs = ({key: d[key] for key in mine if mine[key] != theirs.get(key) and key in d} for d in (mine, theirs))
-            raise ValueError(f"cannot resume {path}: it was trained with {what} {str(theirs)[:200]}, and you ask for {mine}")
-    return state
+def add_how(add) -> None:
+    """Flags that say how long, how fast, and how it is judged."""
+    defaults = []
+    for stage in STAGES:
+        defaults.append(f"{stage} {ON_CPU[stage]['steps']} / {ON_GPU[stage]['steps']}")
+    add("--steps", type=int,
+        help="steps of each stage, earlier runs included (default, on a CPU / a GPU: "
+             f"{', '.join(defaults)})")
+    add("--batch", type=int, help="clips per step (default: 16 on a CPU, 64 on a GPU)")
+    add("--seed", type=int, default=0)
+    add("--device", default=default_device())
+    add("--evaluate", type=int, default=64, metavar="N",
+        help="rollouts to judge at the end of a stage; 0: none")
+    add("--curve", type=int, default=0, metavar="STEPS",
+        help="judge 64 rollouts every so many steps, too; 0: never")
+    add("--save-every", type=int, metavar="STEPS",
+        help="steps between two saves of train.pt (default: 250 on a CPU, 1000 on a GPU)")
+    add("--shard", action="store_true",
+        help="with torchrun: divide weights and optimisers among the processes, too")
+    add("--compile", action="store_true",
+        help="let torch.compile fuse the passes over whole clips: on a GPU faster steps, after "
+             "a minute of compiling; needs a C compiler")
+    add("--deterministic", action="store_true",
+        help="the same bits from every run with the same flags, device, number of processes "
+             "and threads, and versions; slower on a GPU")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; `argv` None takes the process' own. Input that it cannot use is said in
+    one line, exit code 2."""
+    run(train_from, make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
-"""Where latent attention wins and where it loses: memory, attention, block, rollout, batch, measured on one device in one run.
+"""Where latent attention wins and where it loses, measured on one device in one run.
 
-    python -m experiments.bench                                everything this device can hold (one H100: about 4 minutes)
+    python -m experiments.bench                            all this device can hold
     python -m experiments.bench --only attention --json results/bench_h100.json
-    python -m experiments.bench --quick                        small sizes; what a CPU gets anyway
+    python -m experiments.bench --quick                    small sizes; what a CPU gets anyway
 
-Attention is timed only on tensors whose answer was checked against float64 in this run; a contender that fails (wrong, out of memory,
-no such backend) stays in the table and says why; losing rows stay. Times are medians over replays of a CUDA graph that goes round
-several input sets (cold L2), with the 10th and 90th percentile in the JSON. Predictions come from attention.py's cost model.
+On one H100 the whole takes about 4 minutes. Sections: memory, attention, block, rollout, batch,
+and a prediction for a B200.
+
+Attention is timed only on tensors whose answer was checked against float64 in this run. A
+contender that fails (wrong, out of memory, no such backend) stays in the table and says why;
+losing rows stay. Times are medians over replays of a CUDA graph that goes round several input
+sets (cold L2), with the 10th and 90th percentile in the JSON. Predictions come from the cost
+model of engine/routes.py.
 """
+
 import argparse
 import copy
 import json
@@ -16,373 +22,671 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fused
-from attention import ROUTES, attend_fused, choose_route, crossing, route_counts, route_flops
-from compiled import CompiledChunk
-from experiments.measure import Measure, StoredRotated, cell, fit, graphs
+from attention import crossing, route_flops
+from engine.routes import (GPUS, H100, ROUTES, attend_auto, attend_fused, choose_route,
+                           gpu_constants, plan, route_counts)
+from engine.streaming import FastStream, FullWindow, LayerRows
+from experiments.measure import (CPU_ROUTES, Measure, StoredRotated, attention_sizes, cell, fit,
+                                 graphs)
+from flow import euler
 from mla_video import PRESETS, VideoDiT
 from rope3d import Rope3D, grid_coords, rotate
-from sample import shift
 
-STEPS = 4                                                  # denoising passes of a chunk, and one more to commit: 5 passes
+STEPS = 4                              # denoising passes of a chunk, and one more to commit
+PASSES = STEPS + 1
+WAN_GRID = 30, 52                      # tokens of a frame at the paper's size
+SKIP_REFERENCE = 12e9                  # bytes of scores that the reference would hold
 
 
 class Bench(Measure):
     """The sections; each returns what goes into the JSON and prints a table."""
 
-    # ---- memory -----------------------------------------------------------------------------------------------------
+    # ---- memory ------------------------------------------------------------------------------
 
     def memory(self) -> dict:
-        rows = {}
+        """Bytes of the caches, from the buffers."""
+        found = {}
         for preset in ("toy", "small", "wan1.3b"):
-            with torch.device("meta"):
-                mla, dense = (VideoDiT(replace(PRESETS[preset], attention=kind)).make_cache(1, torch.bfloat16) for kind in ("mla", "dense"))
-            rows[preset] = dict(mla=mla.bytes_per_token, dense=dense.bytes_per_token, saved=1 - mla.bytes_per_token / dense.bytes_per_token,
-                                mla_bytes=mla.nbytes, dense_bytes=dense.nbytes)
-        self.table("cache, bf16, from the buffers", ["preset", "MLA B/token/layer", "dense", "saved %", "MLA MB/video", "dense MB/video"],
-                   [[k, r["mla"], r["dense"], f"{100 * r['saved']:.1f}", f"{r['mla_bytes'] / 1e6:.1f}", f"{r['dense_bytes'] / 1e6:.1f}"]
-                    for k, r in rows.items()])
-        return rows
+            caches = {}
+            for kind in ("mla", "dense"):
+                with torch.device("meta"):
+                    model = VideoDiT(replace(PRESETS[preset], attention=kind))
+                    caches[kind] = model.make_cache(1, torch.bfloat16)
+            mla = caches["mla"]
+            dense = caches["dense"]
+            found[preset] = dict(
+                mla=mla.bytes_per_token, dense=dense.bytes_per_token,
+                saved=1 - mla.bytes_per_token / dense.bytes_per_token,
+                mla_bytes=mla.nbytes, dense_bytes=dense.nbytes)
+        lines = []
+        for preset, row in found.items():
+            megabytes = [f"{row[name] / 1e6:.1f}" for name in ("mla_bytes", "dense_bytes")]
+            saved = f"{100 * row['saved']:.1f}"
+            lines.append([preset, row["mla"], row["dense"], saved, *megabytes])
+        self.table("cache, bf16, from the buffers",
+                   ["preset", "MLA B/token/layer", "dense", "saved %", "MLA MB/video",
+                    "dense MB/video"], lines)
+        return found
 
-    # ---- attention --------------------------------------------------------------------------------------------------
-
-    def attention_inputs(self, L, T, seed):
-        s, g = self.sizes(), torch.Generator(self.device).manual_seed(seed)
-        rand = lambda *shape, std=1.0: (std * torch.randn(*shape, generator=g, device=self.device)).to(self.dtype)
-        H, N, R, V, C = (s[k] for k in "HNRVC")
-        frames = torch.arange(-(-T // 1560) + 1, device=self.device)
-        coords = grid_coords(frames, 30, 52)[:T]
-        table = Rope3D(R, N + R).table(coords)
-        q_table = tuple(part[max(T - L, 0):][:L] if T >= L else part.repeat(-(-L // T), 1)[:L] for part in table)
-        return (rand(1, L, H, N), rand(1, L, H, R), rand(1, T, C), rand(1, T, R), rand(H, N, C, std=C**-0.5), rand(H, V, C, std=C**-0.5),
-                q_table, table, (N + R) ** -0.5)
-
-    def exact(self, args, rows):
-        """(answer in float64 for the query tokens `rows`, [q, k, v] as a dense cache would hold them)."""
-        q_nope, q_rope, c, k_rope, W_UK, W_UV = (x.double() for x in args[:6])
-        q_table, k_table = (tuple(p.double() for p in table) for table in args[6:8])
-        H = q_nope.shape[2]
-        k = torch.cat((torch.einsum("btc,hnc->bhtn", c, W_UK), rotate(k_rope, k_table)[:, None].expand(-1, H, -1, -1)), -1)
-        v = torch.einsum("btc,hvc->bhtv", c, W_UV)
-        q = torch.cat((q_nope, rotate(q_rope, q_table)), -1).transpose(1, 2)
-        want = ((q[:, :, rows] @ k.mT * args[8]).softmax(-1) @ v).transpose(1, 2)
-        return want, [x.to(self.dtype) for x in (q, k, v)]
+    # ---- attention ---------------------------------------------------------------------------
 
     def attention(self) -> dict:
+        """Every route and its dense rivals, alone, over query tokens L and keys T."""
+        lengths = (16, 32, 64, 128, 256, 512, 1024, 1560, 2340, 4680)
+        windows = (32760, 9360, 1560)
+        if self.quick:
+            lengths = (4, 48)
+            windows = (192,)
         s = self.sizes()
-        Ls, Ts = ((16, 32, 64, 128, 256, 512, 1024, 1560, 2340, 4680), (32760, 9360, 1560)) if not self.quick else ((4, 48), (192,))
-        gpu = fused.gpu_constants(0) if self.gpu else None
         result = {"points": [], "crossing": {}, "L_star": crossing(s["N"], s["V"], s["C"])}
-        for T in Ts:
-            for L in Ls:
-                point = self.attempt(lambda: self.attention_point(L, T, s, gpu))
+        for T in windows:
+            for L in lengths:
+                point = self.attempt(lambda: self.attention_point(L, T))
                 result["points"].append(dict(L=L, T=T) | point)
                 self.out["sections"]["attention"] = result
                 self.save()
             self.attention_table(T, result)
         return result
 
-    def attention_point(self, L, T, s, gpu) -> dict:
+    def attention_inputs(self, L: int, T: int, seed: int) -> tuple:
+        """Arguments of a route, drawn at random."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def normal(*shape: int, std: float = 1.0) -> Tensor:
+            x = torch.randn(*shape, generator=generator, device=self.device)
+            return (std * x).to(self.dtype)
+
+        s = self.sizes()
+        H, N, R, V, C = s["H"], s["N"], s["R"], s["V"], s["C"]
+        frames = torch.arange(-(-T // 1560) + 1, device=self.device)
+        cos, sin = Rope3D(R, N + R).table(grid_coords(frames, *WAN_GRID)[:T])
+        # The chunk is the end of the window; if it is longer, positions repeat.
+        query = torch.arange(max(T - L, 0), max(T - L, 0) + L, device=self.device) % T
+        queries = normal(1, L, H, N), normal(1, L, H, R)
+        rows = normal(1, T, C), normal(1, T, R)
+        weights = normal(H, N, C, std=C**-0.5), normal(H, V, C, std=C**-0.5)
+        q_table = cos[query], sin[query]
+        return *queries, *rows, *weights, q_table, (cos, sin), (N + R) ** -0.5
+
+    def dense_inputs(self, args: tuple) -> list[Tensor]:
+        """q, k, v of a route's arguments as a dense cache would hold them, in float64."""
+        q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, (q_cos, q_sin), (k_cos, k_sin), _ = args
+        H = q_nope.shape[2]
+        k_nope = torch.einsum("btc,hnc->bhtn", c_kv.double(), W_UK.double())
+        k_turned = rotate(k_rope.double(), (k_cos.double(), k_sin.double()))
+        k_shared = k_turned[:, None].expand(-1, H, -1, -1)
+        k = torch.cat((k_nope, k_shared), -1)                              # [B, H, T, N + R]
+        v = torch.einsum("btc,hvc->bhtv", c_kv.double(), W_UV.double())    # [B, H, T, V]
+        q_turned = rotate(q_rope.double(), (q_cos.double(), q_sin.double()))
+        q = torch.cat((q_nope.double(), q_turned), -1).transpose(1, 2)     # [B, H, L, N + R]
+        return [q, k, v]
+
+    def attention_point(self, L: int, T: int) -> dict:
+        """All contenders at one size: checked, timed in turn, and what `auto` takes."""
+        gpu = gpu_constants(0) if self.gpu else None
+        planned = plan(1, L, T, **self.sizes(), gpu=gpu)
         sets = [self.attention_inputs(L, T, seed) for seed in range(3)]
-        rows = torch.cat((torch.arange(min(L, 32)), torch.arange(max(0, L - 32), L))).unique().to(self.device)
-        want, qkv = self.exact(sets[0], rows)
-        ready = [qkv] + [self.exact(x, rows[:1])[1] for x in sets[1:2]]
-        scale, H = sets[0][8], s["H"]
-        waves = H * -(-L // 128) // gpu.sms if gpu else 0
-        cut = 128 * (waves * gpu.sms // H) if gpu else 0
-        forms = {"fused, kernel only": 0, "fused, cuDNN only": L, "fused, waves + kernel": cut}       # query tokens that go to cuDNN
-        planned = fused.plan(1, L, T, *(s[k] for k in "HNRVC"), gpu)
+        # The answer is checked at the first and the last query tokens.
+        first = torch.arange(min(L, 32))
+        last = torch.arange(max(0, L - 32), L)
+        checked = torch.cat((first, last)).unique().to(self.device)
+        exact = [self.dense_inputs(args) for args in sets[:2]]
+        q, k, v = exact[0]
+        scores = q[:, :, checked] @ k.mT * sets[0][8]
+        want = (scores.softmax(-1) @ v).transpose(1, 2)
+        ready = [[x.to(self.dtype) for x in qkv] for qkv in exact]
+        del exact, q, k, v, scores
 
-        def dense(backend):
-            def call(x, at=slice(None)):
-                with sdpa_kernel([backend]):
-                    return F.scaled_dot_product_attention(x[0][:, :, at], x[1], x[2], scale=scale).transpose(1, 2)
-            return call
-        cudnn, flash = dense(SDPBackend.CUDNN_ATTENTION if self.gpu else SDPBackend.MATH), dense(SDPBackend.FLASH_ATTENTION)
-        name = "cuDNN" if self.gpu else "math"
-        contenders = {f"dense {name}, K V ready": (cudnn, ready), "dense flash, K V ready": (flash, ready)}
-        latent = lambda fn: (lambda x: fn(*x))
-        if 0 < cut < L:
-            contenders["dense cuDNN waves + flash"] = (lambda x: torch.cat((cudnn(x, slice(cut)), flash(x, slice(cut, None))), 1), ready)
-        for route in ("reference", "materialised", "absorbed"):
-            contenders[route] = (latent(ROUTES[route]), sets)
-        if 8 * L * T * H > 12e9:
-            contenders["reference"] = (None, None)
-        if self.gpu:
-            contenders["fused"] = (latent(attend_fused), sets)
-            for label, k in forms.items():
-                if label != "fused, waves + kernel" or 0 < cut < L:
-                    contenders[label] = (lambda x, k=k: attend_fused(*x, cut=k), sets)
+        contenders = {name: (call, ready) for name, call in self.dense_calls(L, sets[0][8])}
+        forms = self.forms(L)
+        for name, call in self.latent_calls(L, T, forms):
+            contenders[name] = (call, sets)
 
-        def run(call, inputs):
+        def run(call: Callable | None, inputs: list) -> dict:
             if call is None:
-                raise MemoryError(f"skipped: its scores would take {8 * L * T * H / 1e9:.0f} GB")
-            got = call(inputs[0])[:, rows].double()
-            error = ((got - want).square().mean() / want.square().mean()).sqrt().item()
-            if not error < (0.02 if self.gpu else 1e-4):   # bf16 rounds at 0.004, float32 at 1e-7; NaN fails
-                raise ValueError(f"wrong: relative error {error:.1e}")
-            return {"error": error, "recorded": self.recorded([lambda x=x: call(x) for x in inputs])}
-        timing = {label: self.attempt(lambda: run(call, inputs)) for label, (call, inputs) in contenders.items()}
-        clocks = self.timed_in_turn({label: row.pop("recorded") for label, row in timing.items() if "recorded" in row})
-        timing = {label: clocks.get(label, {}) | row for label, row in timing.items()}
-        base = timing[f"dense {name}, K V ready"].get("error") or timing["dense flash, K V ready"].get("error")
+                needed = 8 * L * T * self.sizes()["H"] / 1e9
+                raise MemoryError(f"skipped: its scores would take {needed:.0f} GB")
+            error = self.checked_error(call(inputs[0])[:, checked], want)
+            calls = [lambda args=args: call(args) for args in inputs]
+            return {"error": error, "recorded": self.recorded(calls)}
+
+        timing = {}
+        for name, (call, inputs) in contenders.items():
+            timing[name] = self.attempt(lambda: run(call, inputs))
+        self.add_clocks(timing)
+        return self.judged(L, T, timing, forms, planned)
+
+    def forms(self, L: int) -> dict[str, int]:
+        """Forms of the fused route: how many query tokens go to cuDNN."""
+        forms = {"fused, kernel only": 0, "fused, cuDNN only": L}
+        if self.gpu:
+            H = self.sizes()["H"]
+            sms = torch.cuda.get_device_properties(0).multi_processor_count
+            waves = H * -(-L // 128) // sms                # those that are full
+            cut = 128 * (waves * sms // H)
+            if 0 < cut < L:
+                forms["fused, waves + kernel"] = cut
+        return forms
+
+    def dense_calls(self, L: int, scale: float) -> list[tuple[str, Callable]]:
+        """Contenders whose keys and values are ready: (name, function of [q, k, v])."""
+        def by(backend):
+            def call(qkv, queries=slice(None)):
+                q, k, v = qkv
+                with sdpa_kernel([backend]):
+                    o = F.scaled_dot_product_attention(q[:, :, queries], k, v, scale=scale)
+                return o.transpose(1, 2)
+            return call
+
+        flash = by(SDPBackend.FLASH_ATTENTION)
+        if not self.gpu:
+            return [("dense math, K V ready", by(SDPBackend.MATH)),
+                    ("dense flash, K V ready", flash)]
+        cudnn = by(SDPBackend.CUDNN_ATTENTION)
+        calls = [("dense cuDNN, K V ready", cudnn), ("dense flash, K V ready", flash)]
+        cut = self.forms(L).get("fused, waves + kernel")
+        if cut is not None:
+            def both(qkv):
+                return torch.cat((cudnn(qkv, slice(cut)), flash(qkv, slice(cut, None))), 1)
+            calls.append(("dense cuDNN waves + flash", both))
+        return calls
+
+    def latent_calls(self, L: int, T: int, forms: dict) -> list[tuple[str, Callable | None]]:
+        """Contenders that start from the cache of latents: (name, function of arguments)."""
+        calls = []
+        for route in CPU_ROUTES:
+            calls.append((route, lambda args, route=route: ROUTES[route](*args)))
+        if 8 * L * T * self.sizes()["H"] > SKIP_REFERENCE:
+            calls[0] = ("reference", None)
+        if self.gpu:
+            calls.append(("fused", lambda args: attend_fused(*args)))
+            for name, cut in forms.items():
+                calls.append((name, lambda args, cut=cut: attend_fused(*args, cut=cut)))
+        return calls
+
+    def checked_error(self, got: Tensor, want: Tensor) -> float:
+        """Relative error; ValueError if it is more than rounding, or NaN."""
+        error = ((got.double() - want).square().mean() / want.square().mean()).sqrt().item()
+        limit = 0.02 if self.gpu else 1e-4             # bf16 rounds at 0.004, float32 at 1e-7
+        if not error < limit:
+            raise ValueError(f"wrong: relative error {error:.1e}")
+        return error
+
+    def add_clocks(self, timing: dict) -> None:
+        """Time those that passed, and set their error beside that of dense attention."""
+        recorded = {}
+        for name, row in timing.items():
+            if "recorded" in row:
+                recorded[name] = row.pop("recorded")
+        for name, clock in self.timed_in_turn(recorded).items():
+            timing[name] = clock | timing[name]
+        ready = [row for name, row in timing.items() if name.endswith("K V ready")]
+        base = ready[0].get("error") or ready[1].get("error")
         for row in timing.values():
             if "error" in row:
                 row["error_ratio"] = row["error"] / base if base else None
-        auto = choose_route(L, T, **s, gpu=gpu, fusable=self.gpu)
-        # What fused does anyway is no other choice: the time of the same kernels under another name differs by chance.
-        ok = {k: r["ms"] for k, r in timing.items() if "ms" in r and not k.startswith("dense") and forms.get(k) != planned}
-        point = dict(timing=timing, auto=auto, cut=planned, best=min(ok, key=ok.get),
-                     auto_over_best=ok[auto] / min(ok.values()) if auto in ok else None,
-                     flops={r: route_flops(r, L, T, **s) for r in ("materialised", "absorbed")})
-        if gpu:
-            point["predicted_ms"] = {r: 1e3 * gpu.seconds(route_counts(r, 1, L, T, *(s[k] for k in "HNRVC"), gpu)) for r in ROUTES}
+
+    def judged(self, L: int, T: int, timing: dict, forms: dict, planned: int) -> dict:
+        """What `auto` takes, beside the best of its choices and what was predicted."""
+        gpu = gpu_constants(0) if self.gpu else None
+        auto = choose_route(L, T, **self.sizes(), gpu=gpu, fusable=self.gpu)
+        # What fused does anyway is no other choice: the time of the same kernels under another
+        # name differs by chance.
+        choices = {}
+        for name, row in timing.items():
+            if "ms" in row and not name.startswith("dense") and forms.get(name) != planned:
+                choices[name] = row["ms"]
+        over_best = choices[auto] / min(choices.values()) if auto in choices else None
+        point = dict(timing=timing, auto=auto, cut=planned, best=min(choices, key=choices.get),
+                     auto_over_best=over_best, flops={})
+        for route in ("materialised", "absorbed"):
+            point["flops"][route] = route_flops(route, L, T, **self.sizes())
+        if gpu is not None:
+            point["predicted_ms"] = {}
+            for route in (*CPU_ROUTES, "fused"):
+                counts = route_counts(route, 1, L, T, **self.sizes(), gpu=gpu)
+                point["predicted_ms"][route] = 1e3 * gpu.seconds(counts)
         return point
 
-    def attention_table(self, T, result):
-        points = [p for p in result["points"] if p["T"] == T and "timing" in p]
-        for p in result["points"]:
-            if p["T"] == T and "timing" not in p:
-                print(f"L={p['L']} T={T}: {p['failed']}")
+    def attention_table(self, T: int, result: dict) -> None:
+        points = []
+        for point in result["points"]:
+            if point["T"] == T and "timing" in point:
+                points.append(point)
+            elif point["T"] == T:
+                print(f"L={point['L']} T={T}: {point['failed']}")
         if not points:
             return
-        names = list(dict.fromkeys(name for p in points for name in p["timing"]))
-        rows = [[name] + [cell(p["timing"].get(name)) for p in points] for name in names]
-        if "predicted_ms" in points[0]:
-            rows += [[f"predicted: {r}"] + [f"{p['predicted_ms'][r]:.4f}" for p in points] for r in ROUTES]
-        rows.append(["auto takes (query tokens to cuDNN)"] + [f"{p['auto']} ({p['cut']})" for p in points])
-        rows.append(["auto / best route"] + [f"{p['auto_over_best']:.3f}" if p["auto_over_best"] else "-" for p in points])
-        rows.append(["worst error / dense error"] + [f"{max(r.get('error_ratio') or 0 for r in p['timing'].values()):.2f}" for p in points])
-        useful = lambda p: 2 * p["L"] * T * self.sizes()["H"] * (2 * self.sizes()["C"] + self.sizes()["R"])
-        kernel = [p["timing"].get("fused, kernel only", {}).get("ms") for p in points]
-        if any(kernel):
-            percent = lambda p, ms: f"{useful(p) / ms / 1e7 / self.out['ceilings']['matmul_tflops']:.0f}" if ms else "-"
-            rows.append(["fused, kernel only, % of matmul ceiling"] + [percent(p, ms) for p, ms in zip(points, kernel)])
-        self.table(f"attention, T = {T}, ms", ["contender"] + [f"L={p['L']}" for p in points], rows)
-        pairs = {"absorbed / materialised": ("absorbed", "materialised"), "kernel / cuDNN": ("fused, kernel only", "fused, cuDNN only")}
-        for label, (a, b) in pairs.items():
-            both = [(p["L"], p["timing"].get(a, {}), p["timing"].get(b, {})) for p in points]
-            xs = [(L, x["ms"] / y["ms"]) for L, x, y in both if "ms" in x and "ms" in y]
-            for (l0, r0), (l1, r1) in zip(xs, xs[1:]):
-                if r0 < 1 <= r1:                           # straight in the logarithms between two measured points
-                    result["crossing"][f"{label}, T={T}"] = at = l0 * (l1 / l0) ** (math.log(1 / r0) / math.log(r1 / r0))
-                    print(f"measured crossing of {label} at T = {T}: L = {at:.0f}; by operations L* = {result['L_star']:.0f}")
+        names = {name: None for point in points for name in point["timing"]}       # in order
+        rows = []
+        for name in names:
+            rows.append([name, *(cell(point["timing"].get(name)) for point in points)])
+        for route in points[0].get("predicted_ms", ()):
+            times = [f"{point['predicted_ms'][route]:.4f}" for point in points]
+            rows.append([f"predicted: {route}", *times])
+        taken = [f"{point['auto']} ({point['cut']})" for point in points]
+        rows.append(["auto takes (query tokens to cuDNN)", *taken])
+        ratios = [point["auto_over_best"] for point in points]
+        shown = [f"{ratio:.3f}" if ratio else "-" for ratio in ratios]
+        rows.append(["auto / best route", *shown])
+        rows.append(["worst error / dense error", *map(worst_error, points)])
+        if any("ms" in kernel_row(point) for point in points):
+            shares = [self.share_of_ceiling(point) for point in points]
+            rows.append(["fused, kernel only, % of matmul ceiling", *shares])
+        lengths = [f"L={point['L']}" for point in points]
+        self.table(f"attention, T = {T}, ms", ["contender", *lengths], rows)
+        pairs = {"absorbed / materialised": ("absorbed", "materialised"),
+                 "kernel / cuDNN": ("fused, kernel only", "fused, cuDNN only")}
+        for label, (one, other) in pairs.items():
+            at = measured_crossing(points, one, other)
+            if at is not None:
+                result["crossing"][f"{label}, T={T}"] = at
+                print(f"measured crossing of {label} at T = {T}: L = {at:.0f}; by operations "
+                      f"L* = {result['L_star']:.0f}")
 
-    # ---- block and rollout ------------------------------------------------------------------------------------------
+    def share_of_ceiling(self, point: dict) -> str:
+        """Useful operations of our kernel, in percent of a large product's."""
+        row = kernel_row(point)
+        if "ms" not in row:
+            return "-"
+        s = self.sizes()
+        useful = 2 * point["L"] * point["T"] * s["H"] * (2 * s["C"] + s["R"])
+        return f"{useful / row['ms'] / 1e7 / self.out['ceilings']['matmul_tflops']:.0f}"
+
+    # ---- block and rollout -------------------------------------------------------------------
 
     def block(self) -> dict:
-        c, rows = self.config, {}
-        L, T = c.chunk * c.tokens, c.window * c.tokens
-
-        def contender(kind, route, compiled, stored_rotated=False):
-            model = self.model(kind, layers=1)
-            window, block = self.window(model), model.blocks[0]
-            if stored_rotated:
-                block.attention.__class__ = StoredRotated   # the same weights
-            past, own = window.positions()
-            grid, rope = (c.height // c.patch, c.width // c.patch), block.attention.rope
-            q_table, k_table = (rope.table(grid_coords(f, *grid)) for f in (own, torch.cat((past, own))))
-            x, caption = torch.randn(1, c.chunk, c.tokens, c.dim, device=self.device).to(self.dtype), model.words(self.caption())
-            level = model.level(model.time(torch.randn(1, c.chunk, 256, device=self.device).to(self.dtype))).unflatten(-1, (6, c.dim))
-            one = lambda x: block(x, level, caption, lambda rows: window.peek(0, rows), q_table, k_table, None, route, 0)[0]
-            call = torch.compile(one, fullgraph=True, dynamic=False) if compiled else one
-            return self.timed([lambda: [call(x) for _ in range(STEPS + 1)]], replays=9)
-        contenders = {"dense, compiled": ("dense", "auto", True), "MLA auto, compiled": ("mla", "auto", True),
-                      "dense, keys stored rotated, compiled": ("dense", "auto", True, True),
-                      "MLA materialised, compiled": ("mla", "materialised", True), "MLA absorbed, compiled": ("mla", "absorbed", True),
-                      "dense, eager": ("dense", "auto", False), "MLA auto, eager": ("mla", "auto", False)}
-        if not self.gpu:
-            contenders = {k: v for k, v in contenders.items() if not v[2]}
-        for label, how in contenders.items():
-            rows[label] = self.attempt(lambda: contender(*how), forget=True)
-            print(f"  block: {label}: {cell(rows[label])}", flush=True)
-        s, E = self.sizes(), c.dim
-        weights = {"dense": 4 * E * E, "MLA": E * (s["C"] + s["R"]) + E * c.query_latent + c.query_latent * E + E * E}
-        for label, row in rows.items():
-            if "ms" in row:                                # useful operations: attention without up-projection, linear layers
-                linear = 2 * L * (weights[label.split()[0].strip(",")] + 2 * E * E + 2 * E * c.ffn) + 4 * E * c.slots * (L + E)
-                flops = (STEPS + 1) * (4 * L * T * E + linear)
-                row["percent_of_ceiling"] = flops / row["ms"] / 1e7 / self.out["ceilings"]["matmul_tflops"]
-                row["over_dense"] = row["ms"] / rows["dense, compiled" if self.gpu else "dense, eager"].get("ms", math.nan)
-        more = lambda r: (f"{r['over_dense']:.3f}", f"{r['percent_of_ceiling']:.0f}", f"{r['warmup_s']:.0f}") if "ms" in r else [""] * 3
-        self.table(f"block, a chunk of {STEPS + 1} passes, L = {L}, T = {T}", ["contender", "ms", "/ compiled dense", "% of ceiling",
-                   "warm-up s"], [[k, cell(r), *more(r)] for k, r in rows.items()])
+        """One block over a full window, all passes of a chunk."""
+        # name -> attention, route, compiled, keys stored rotated
+        contenders = {
+            "dense, compiled": ("dense", "auto", True, False),
+            "MLA auto, compiled": ("mla", "auto", True, False),
+            "dense, keys stored rotated, compiled": ("dense", "auto", True, True),
+            "MLA materialised, compiled": ("mla", "materialised", True, False),
+            "MLA absorbed, compiled": ("mla", "absorbed", True, False),
+            "dense, eager": ("dense", "auto", False, False),
+            "MLA auto, eager": ("mla", "auto", False, False),
+        }
+        rows = {}
+        for name, how in contenders.items():
+            compiled = how[2]
+            if compiled and not self.gpu:
+                continue
+            rows[name] = self.attempt(lambda: self.block_contender(*how), forget=True)
+            print(f"  block: {name}: {cell(rows[name])}", flush=True)
+        base = rows["dense, compiled" if self.gpu else "dense, eager"].get("ms", math.nan)
+        lines = []
+        for name, row in rows.items():
+            line = [name, cell(row), "", "", ""]
+            if "ms" in row:
+                flops = PASSES * self.block_flops(dense=name.startswith("dense"))
+                ceiling = self.out["ceilings"]["matmul_tflops"]
+                row["percent_of_ceiling"] = flops / row["ms"] / 1e7 / ceiling
+                row["over_dense"] = row["ms"] / base
+                line[2:] = [f"{row['over_dense']:.3f}", f"{row['percent_of_ceiling']:.0f}",
+                            f"{row['warmup_s']:.0f}"]
+            lines.append(line)
+        c = self.config
+        self.table(f"block, a chunk of {PASSES} passes, L = {c.chunk * c.tokens}, "
+                   f"T = {c.window * c.tokens}",
+                   ["contender", "ms", "/ compiled dense", "% of ceiling", "warm-up s"], lines)
         return rows
 
-    def stream(self, model, window, chunks, backend="inductor", more=0) -> dict:
-        """Time `chunks` chunks over a full window, then make `more` of a single step (2 passes instead of 5): the same graphs, sooner
-        done. On a GPU any host synchronisation in either part raises."""
-        c, caption, start = model.config, self.caption(), time.perf_counter()
-        fast = CompiledChunk(model, window, caption, backend=backend)
-        noise, shape = torch.Generator(self.device).manual_seed(0), fast.x.shape
+    def block_contender(self, kind: str, route: str, compiled: bool, rotated: bool) -> dict:
+        c = self.config
+        model = self.model(kind, layers=1)
+        window = self.window(model)
+        block = model.blocks[0]
+        if rotated:
+            block.attention = StoredRotated.like(block.attention, c.dim)
+        past, own = window.positions()
+        grid = c.height // c.patch, c.width // c.patch
+        rope = block.attention.rope
+        q_table = rope.table(grid_coords(own, *grid))
+        k_table = rope.table(grid_coords(torch.cat((past, own)), *grid))
+        x = self.noise_like(torch.empty(1, c.chunk, c.tokens, c.dim, device="meta"))
+        features = self.noise_like(torch.empty(1, c.chunk, 256, device="meta"))
+        level = model.level(model.time(features)).unflatten(-1, (6, c.dim))
+        words = model.words(self.caption())
 
-        def chunk(steps=STEPS):
-            x = torch.randn(shape, generator=noise, device=self.device, dtype=self.dtype)
-            sigmas = [shift(1 - i / steps) for i in range(steps + 1)]
-            for now, then in zip(sigmas, sigmas[1:]):
-                x = x - (now - then) * fast.denoise(x, x.new_full(shape[:2], now), caption, fast.window)
-            fast.commit(x, caption, fast.window)
-            return x
-        chunk()
-        if self.gpu:
-            torch.cuda.synchronize()
-        cold, before = time.perf_counter() - start, graphs()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(chunks + 1)] if self.gpu else []
-        if self.gpu:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            times = []
-            for i in range(chunks):
-                t = time.perf_counter()
-                if self.gpu:
-                    events[i].record()
-                x = chunk()
-                times.append(time.perf_counter() - t)
-            if self.gpu:
-                events[-1].record()
-            for _ in range(more):
-                x = chunk(1)
-        finally:
-            if self.gpu:
-                torch.cuda.set_sync_debug_mode("default")
-        if self.gpu:
-            torch.cuda.synchronize()
-            times = [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:])]
-        after = graphs()
-        return dict(ms=1e3 * statistics.median(times), low=1e3 * min(times), high=1e3 * max(times), chunks=chunks,
-                    chunks_of_2_passes=more, cold_s=cold,
-                    frames_per_s=c.chunk / statistics.median(times), recompiles=after[0] - before[0], graph_breaks=after[1],
-                    sync_check="did not raise" if self.gpu else "no GPU", finite=bool(x.isfinite().all()))
+        def one_pass(x):
+            return block(x, level, words, q_table, k_table, cache=window.layers[0],
+                         attend=ROUTES[route])[0]
+
+        call = torch.compile(one_pass, fullgraph=True, dynamic=False) if compiled else one_pass
+
+        def chunk():
+            for _ in range(PASSES):
+                call(x)
+
+        return self.timed([chunk], replays=9)
+
+    def block_flops(self, dense: bool) -> int:
+        """Useful operations of a pass: linear layers, and attention without up-projection."""
+        c = self.config
+        s = self.sizes()
+        E = c.dim
+        Q = c.query_latent
+        L = c.chunk * c.tokens
+        T = c.window * c.tokens
+        weights = 4 * E * E if dense else E * (s["C"] + s["R"]) + E * Q + Q * E + E * E
+        linear = 2 * L * (weights + 2 * E * E + 2 * E * c.ffn)
+        caption = 4 * E * c.slots * (L + E)
+        return 4 * L * T * E + linear + caption
 
     def rollout(self) -> dict:
-        rows, backend = {}, "inductor" if self.gpu else "aot_eager"
+        """Chunks of whole models with a full window."""
+        backend = "inductor" if self.gpu else "aot_eager"
+        rows = {}
         for kind in ("mla", "dense"):
             def run():
                 model = self.model(kind)
-                return self.stream(model, self.window(model), 10 if self.gpu else 3, backend, 190 if self.gpu and kind == "mla" else 0)
+                return self.stream(model, self.window(model), 10 if self.gpu else 3, backend,
+                                   more=190 if self.gpu and kind == "mla" else 0)
             rows[kind] = self.attempt(run, forget=True)
             print(f"  rollout: {kind}: {rows[kind]}", flush=True)
-        if self.gpu:                                       # what `python sample.py` waits for and then takes
-            keep, self.config = self.config, PRESETS["toy"]
-            rows["toy"] = self.attempt(lambda: self.stream(toy := self.model("mla"), self.window(toy), 100), forget=True)
-            self.config = keep
-        if all("ms" in rows[k] for k in ("mla", "dense")):
-            rows["mla"]["over_dense"] = rows["mla"]["frames_per_s"] / rows["dense"]["frames_per_s"]
-            print(f"rollout: MLA makes {rows['mla']['over_dense']:.3f}x the frames per second of dense")
-        names = ["frames_per_s", "cold_s", "chunks", "chunks_of_2_passes", "recompiles", "graph_breaks", "sync_check"]
-        show = lambda x: f"{x:.2f}" if isinstance(x, float) else x
-        self.table("rollout, window full", ["model", "ms/chunk", *names],
-                   [[k, cell(r), *(show(r.get(n, "")) for n in names)] for k, r in rows.items()])
+        if self.gpu:                                       # what `python sample.py` waits for
+            rows["toy"] = self.attempt(self.toy_stream, forget=True)
+        mla = rows["mla"]
+        if "ms" in mla and "ms" in rows["dense"]:
+            mla["over_dense"] = mla["frames_per_s"] / rows["dense"]["frames_per_s"]
+            print(f"rollout: MLA makes {mla['over_dense']:.3f}x the frames per second of dense")
+        names = ["frames_per_s", "cold_s", "chunks", "chunks_of_2_passes", "recompiles",
+                 "graph_breaks", "sync_check"]
+        lines = []
+        for kind, row in rows.items():
+            values = [row.get(name, "") for name in names]
+            shown = [f"{x:.2f}" if isinstance(x, float) else x for x in values]
+            lines.append([kind, cell(row), *shown])
+        self.table("rollout, window full", ["model", "ms/chunk", *names], lines)
         return rows
 
-    # ---- batch ------------------------------------------------------------------------------------------------------
+    def toy_stream(self) -> dict:
+        whole = self.config
+        self.config = PRESETS["toy"]
+        try:
+            model = self.model("mla")
+            return self.stream(model, self.window(model), 100)
+        finally:
+            self.config = whole
+
+    def stream(self, model: VideoDiT, window: FullWindow, chunks: int,
+               backend: str = "inductor", more: int = 0) -> dict:
+        """Time `chunks` chunks over a full window, then make `more` of a single step.
+
+        These (2 passes instead of 5) run the same graphs, sooner done. On a GPU any host
+        synchronisation in either part raises.
+        """
+        start = time.perf_counter()
+        fast = FastStream(model, self.caption(), window, attend_auto, backend)
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = fast.chunk_like().shape
+
+        def noise() -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
+
+        def chunk(steps: int = STEPS) -> Tensor:
+            x = euler(fast.velocity, noise, steps)
+            fast.commit(x)
+            return x
+
+        chunk()                                            # compiles
+        if self.gpu:
+            torch.cuda.synchronize()
+        cold = time.perf_counter() - start
+        before, _ = graphs()
+        with no_host_synchronisation(self.gpu):
+            marks, x = self.clock_chunks(chunk, chunks)
+            for _ in range(more):
+                x = chunk(1)
+        times = self.seconds_between(marks)
+        after, breaks = graphs()
+        median = statistics.median(times)
+        return dict(ms=1e3 * median, low=1e3 * min(times), high=1e3 * max(times), chunks=chunks,
+                    chunks_of_2_passes=more, cold_s=cold,
+                    frames_per_s=model.config.chunk / median,
+                    recompiles=after - before, graph_breaks=breaks,
+                    sync_check="did not raise" if self.gpu else "no GPU",
+                    finite=bool(x.isfinite().all()))
+
+    def clock_chunks(self, chunk: Callable, number: int) -> tuple[list, Tensor]:
+        """Marks around each of so many chunks, and the last chunk. On a GPU they are events:
+        reading a clock would wait for the GPU."""
+        def mark():
+            if not self.gpu:
+                return time.perf_counter()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+
+        marks = [mark()]
+        for _ in range(number):
+            x = chunk()
+            marks.append(mark())
+        return marks, x
+
+    def seconds_between(self, marks: list) -> list[float]:
+        """From each mark to the next."""
+        if not self.gpu:
+            return [after - before for before, after in zip(marks, marks[1:])]
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in zip(marks, marks[1:])]
+
+    # ---- batch -------------------------------------------------------------------------------
 
     def batch(self) -> dict:
+        """How many videos a GPU holds."""
         rows = {}
         for kind in ("dense", "mla"):
-            for at_once in ("in turns of 1 video", "all at once"):
-                rows[f"{kind}, {at_once}"] = self.attempt(lambda: self.largest(kind, 1 if at_once[0] == "i" else None), forget=True)
-                print(f"  batch: {kind}, {at_once}: {rows[f'{kind}, {at_once}']}", flush=True)
+            for how, turn in (("in turns of 1 video", 1), ("all at once", None)):
+                name = f"{kind}, {how}"
+                rows[name] = self.attempt(lambda: self.largest(kind, turn), forget=True)
+                print(f"  batch: {name}: {rows[name]}", flush=True)
         for how in ("in turns of 1 video", "all at once"):
-            a, b = (rows[f"{kind}, {how}"].get("videos") for kind in ("mla", "dense"))
-            rows[f"mla, {how}"]["over_dense"] = a / b if a and b else None
-        self.table("largest batch, window full", ["model", "videos", "MLA / dense"],
-                   [[k, r.get("videos", r.get("failed")), f"{r['over_dense']:.1f}" if r.get("over_dense") else ""]
-                    for k, r in rows.items()])
+            mla = rows[f"mla, {how}"].get("videos")
+            dense = rows[f"dense, {how}"].get("videos")
+            rows[f"mla, {how}"]["over_dense"] = mla / dense if mla and dense else None
+        lines = []
+        for name, row in rows.items():
+            ratio = row.get("over_dense")
+            videos = row.get("videos", row.get("failed"))
+            lines.append([name, videos, f"{ratio:.1f}" if ratio else ""])
+        self.table("largest batch, window full", ["model", "videos", "MLA / dense"], lines)
         return rows
 
-    def largest(self, kind, turn) -> dict:
-        """Doubling, then bisecting. Every try holds all weights and every layer's cache of all videos, and runs two layers (the second
-        finds the rows of the first still held), where the peak is that of all; what is reported has passed through all of them."""
-        model = self.model(kind)
-        blocks, c = model.blocks, self.config
+    def largest(self, kind: str, turn: int | None) -> dict:
+        """The largest batch by doubling, then bisecting.
 
-        def fits(videos, layers=2):
-            model.blocks = blocks[:layers]
-            window, x = None, None
-            try:
-                window = self.window(model, videos)
-                x = torch.zeros(videos, c.chunk, c.channels, c.height, c.width, device=self.device, dtype=self.dtype)
-                sigma, caption = x.new_ones(x.shape[:2]), self.caption(videos)
-                for i in range(0, videos, turn or videos):
-                    some, mine = slice(i, i + (turn or videos)), copy.copy(window)
-                    mine.rows = [tuple(b[some] for b in layer) for layer in window.rows]
-                    x[some] = model.denoise(x[some], sigma[some], caption[some], mine)
-                if self.gpu:
-                    torch.cuda.synchronize()
-                return True
-            except RuntimeError as error:                  # torch.OutOfMemoryError, or a library that could not allocate
-                if "alloc" not in str(error).lower() and "memory" not in str(error):
-                    raise
-                return False
-            finally:
-                model.blocks, window, x = blocks, None, None
-                if self.gpu:
-                    torch.cuda.empty_cache()
+        Every try holds all weights and every layer's cache of all videos. It runs two layers
+        (the second finds the rows of the first still held), where the peak is that of all.
+        What is reported has passed through all of them.
+        """
+        model = self.model(kind)
+        layers = self.config.layers
         if not self.gpu:
-            return dict(videos=4 if fits(4, c.layers) else 0, note="CPU: a pass through the code, no limit sought")
-        good, bad, start = 0, 1, time.perf_counter()
-        while fits(bad) and time.perf_counter() - start < 90:
-            good, bad = bad, 2 * bad
-        while bad - good > 1 and time.perf_counter() - start < 90:
+            videos = 4 if self.fits(model, 4, layers, turn) else 0
+            return dict(videos=videos, note="CPU: a pass through the code, no limit sought")
+        start = time.perf_counter()
+
+        def in_time() -> bool:
+            return time.perf_counter() - start < 90
+
+        good = 0
+        bad = 1
+        while self.fits(model, bad, 2, turn) and in_time():
+            good = bad
+            bad = 2 * bad
+        while bad - good > 1 and in_time():
             middle = (good + bad) // 2
-            good, bad = (middle, bad) if fits(middle) else (good, middle)
-        passed = next((n for n in range(good, 0, -1) if fits(n, c.layers)), 0)
+            if self.fits(model, middle, 2, turn):
+                good = middle
+            else:
+                bad = middle
+        passed = good
+        while passed > 0 and not self.fits(model, passed, layers, turn):
+            passed -= 1
         return dict(videos=passed, by_two_layers=good, seconds=time.perf_counter() - start)
 
-    # ---- paper B200 -------------------------------------------------------------------------------------------------
+    def fits(self, model: VideoDiT, videos: int, layers: int, turn: int | None) -> bool:
+        """Does a pass of so many videos through so many layers fit, `turn` videos at a time?"""
+        blocks = model.blocks
+        model.blocks = blocks[:layers]
+        try:
+            self.one_pass(model, videos, turn or videos)
+            return True
+        except RuntimeError as error:      # out of memory, or a library that cannot allocate
+            if "alloc" not in str(error).lower() and "memory" not in str(error):
+                raise
+            return False
+        finally:
+            model.blocks = blocks
+            if self.gpu:
+                torch.cuda.empty_cache()
+
+    def one_pass(self, model: VideoDiT, videos: int, turn: int) -> None:
+        c = self.config
+        window = self.window(model, videos)
+        x = torch.zeros(videos, c.chunk, c.channels, c.height, c.width, device=self.device,
+                        dtype=self.dtype)
+        sigma = x.new_ones(x.shape[:2])
+        caption = self.caption(videos)
+        for first in range(0, videos, turn):
+            some = slice(first, first + turn)
+            mine = of_videos(window, some)
+            x[some] = model.denoise(x[some], sigma[some], caption[some], mine, attend_auto)
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    # ---- paper B200 --------------------------------------------------------------------------
 
     def b200(self) -> dict:
-        """Prediction, never measured here: public figures (8 TB/s of which 85 % taken; cuDNN 9.19 attention 128/128 at 1.67
-        PFLOP/s on GB200, NVIDIA's cudnn-frontend benchmark results; dense bf16 products at 1.7 of 2.25 PFLOP/s peak)."""
+        """Prediction, never measured here, from public figures.
+
+        8 TB/s, of which 85 % are taken. cuDNN 9.19 attention 128/128 at 1.67 PFLOP/s on GB200
+        (NVIDIA's cudnn-frontend benchmark results). Dense bf16 products at 1.7 of 2.25 PFLOP/s.
+        """
         c = PRESETS["wan1.3b"]
-        H, N, R, V, C, T = c.heads, c.dim // c.heads - c.rope, c.rope, c.dim // c.heads, c.latent, c.window * c.tokens
+        s = attention_sizes(c)
+        T = c.window * c.tokens
+        widths = s["H"] * (s["N"] + s["R"] + s["V"])       # of K and V, all heads
         rows = {}
         for L in (1560, 4680):
-            dense = 2 * L * T * H * (N + R + V) / 1.67e15
-            up = max(2 * T * H * (N + R + V) / 6.8e12, 2 * T * H * C * (N + R + V) / 1.7e15)
-            rows[str(L)] = dict(dense_ms=1e3 * dense, mla_ms=1e3 * (dense + up), ratio=1 + up / dense)
+            dense = 2 * L * T * widths / 1.67e15
+            written = 2 * T * widths / 6.8e12
+            multiplied = 2 * T * widths * s["C"] / 1.7e15
+            up = max(written, multiplied)
+            rows[str(L)] = dict(dense_ms=1e3 * dense, mla_ms=1e3 * (dense + up),
+                                ratio=1 + up / dense)
+        lines = []
+        for L, row in rows.items():
+            lines.append([L, *(f"{row[name]:.3f}" for name in ("dense_ms", "mla_ms", "ratio"))])
         self.table("PREDICTION for a B200 (public figures, not measured), attention, T = 32760",
-                   ["L", "dense ms", "MLA by K and V ms", "ratio"],
-                   [[L, f"{r['dense_ms']:.3f}", f"{r['mla_ms']:.3f}", f"{r['ratio']:.3f}"] for L, r in rows.items()])
+                   ["L", "dense ms", "MLA by K and V ms", "ratio"], lines)
         return rows
 
 
-SECTIONS = ("memory", "rollout", "attention", "block", "batch", "b200")       # rollout early: what it compiles is then really cold
+def kernel_row(point: dict) -> dict:
+    return point["timing"].get("fused, kernel only", {})
 
 
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", action="append", choices=SECTIONS, help="a section; may be given again; default: all, in this order")
+def worst_error(point: dict) -> str:
+    """The largest error of a contender, over that of dense attention."""
+    ratios = [row.get("error_ratio") or 0 for row in point["timing"].values()]
+    return f"{max(ratios):.2f}"
+
+
+def measured_crossing(points: list[dict], one: str, other: str) -> float | None:
+    """At how many query tokens `one` begins to lose against `other`: straight in the logarithms
+    between two measured points. None if it does not."""
+    ratios = []
+    for point in points:
+        a = point["timing"].get(one, {})
+        b = point["timing"].get(other, {})
+        if "ms" in a and "ms" in b:
+            ratios.append((point["L"], a["ms"] / b["ms"]))
+    found = None
+    for (l0, r0), (l1, r1) in zip(ratios, ratios[1:]):
+        if r0 < 1 <= r1:
+            found = l0 * (l1 / l0) ** (math.log(1 / r0) / math.log(r1 / r0))
+    return found
+
+
+def of_videos(window: FullWindow, some: slice) -> FullWindow:
+    """The window of some of the videos: the same tensors, seen in part."""
+    part = copy.copy(window)
+    part.layers = []
+    for layer in window.layers:
+        buffers = tuple(buffer[some] for buffer in layer.buffers)
+        part.layers.append(LayerRows(buffers, layer.kept))
+    return part
+
+
+@contextmanager
+def no_host_synchronisation(gpu: bool):
+    """On a GPU: what makes the host wait for it raises."""
+    if gpu:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if gpu:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# Rollout early: what it compiles is then really cold.
+SECTIONS = ("memory", "rollout", "attention", "block", "batch", "b200")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--only", action="append", choices=SECTIONS,
+                        help="a section; may be given again; default: all, in this order")
     parser.add_argument("--json", help="where to write the results, anew after every section")
     parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
     parser.add_argument("--quick", action="store_true", help="small sizes (always on a CPU)")
-    parser.add_argument("--cpu", action="store_true", help="measure the CPU although there is a GPU")
-    parser.add_argument("--budget", type=float, default=900, metavar="SECONDS", help="start nothing after this time; rows left out say so")
-    parser.add_argument("--layers", type=int, help="fewer layers than the preset, for a shorter run")
-    parser.add_argument("--fit", metavar="PATH", help="measure nothing: print the constants of fused.Gpu that follow from a results file")
-    args = parser.parse_args(argv)
+    parser.add_argument("--cpu", action="store_true",
+                        help="measure the CPU although there is a GPU")
+    parser.add_argument("--budget", type=float, default=900, metavar="SECONDS",
+                        help="start nothing after this time; rows left out say so")
+    parser.add_argument("--layers", type=int,
+                        help="fewer layers than the preset, for a shorter run")
+    parser.add_argument("--fit", metavar="PATH",
+                        help="measure nothing: print the constants of engine.routes.Gpu that "
+                        "follow from a results file")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> dict | None:
+    args = parse(argv)
     if args.fit:
-        print(f"now    {fused.Gpu()}\nfitted {fit(json.loads(Path(args.fit).read_text()))}")
-        return
-    torch._dynamo.config.recompile_limit = 256             # one function meets many shapes here; each is meant
+        results = json.loads(Path(args.fit).read_text())
+        print(f"now    {GPUS[H100]}\nfitted {fit(results)}")
+        return None
+    torch._dynamo.config.recompile_limit = 256     # one function meets many shapes, all meant
     bench = Bench(args)
     bench.ceilings()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:             # compilers find nothing of an earlier run
-        os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = f"{empty}/inductor", f"{empty}/triton"
+    # An empty folder: the compilers find nothing of an earlier run.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{empty}/inductor"
+        os.environ["TRITON_CACHE_DIR"] = f"{empty}/triton"
         for name in args.only or SECTIONS:
             start = time.perf_counter()
-            bench.out["sections"][name] = bench.attempt(getattr(bench, name))
-            if "failed" in bench.out["sections"][name]:
-                print(f"section {name} failed: {bench.out['sections'][name]['failed']}")
+            section = bench.attempt(getattr(bench, name))
+            bench.out["sections"][name] = section
+            if "failed" in section:
+                print(f"section {name} failed: {section['failed']}")
             print(f"[{name}: {time.perf_counter() - start:.0f} s]", flush=True)
             bench.save()
     return bench.out

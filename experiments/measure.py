@@ -1,130 +1,222 @@
-"""What every section of experiments/bench.py uses: the clock, the device's own ceilings, models and full windows of noise, tables, JSON."""
+"""What every section of experiments/bench.py uses.
+
+The clock, the device's own ceilings, models and full windows of noise, tables, JSON.
+"""
+
 import gc
 import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._dynamo.utils import counters
 
-import fused
-from attention import Dense, route_counts
-from compiled import FullWindow
-from mla_video import PRESETS, VideoDiT
+from attention import Dense
+from engine.command_line import provenance
+from engine.routes import GPUS, H100, Counts, Gpu, form_counts, route_counts, waves
+from engine.streaming import FullWindow
+from mla_video import PRESETS, Config, VideoDiT
 from rope3d import rotate
-from sample import provenance
+
+CPU_ROUTES = ("reference", "materialised", "absorbed")
 
 
 def graphs() -> tuple[int, int]:
-    """(graphs compiled, graph breaks) so far in this process, from torch.compile's own counters."""
+    """(graphs compiled, graph breaks) so far in this process, as torch.compile counts."""
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def cell(row: dict | None) -> str:
-    if row is None or "ms" not in row:
-        return "" if row is None else row["failed"].split(":")[0]
+    """A row of a table of times: milliseconds, or why there are none."""
+    if row is None:
+        return ""
+    if "ms" not in row:
+        return row["failed"].split(":")[0]
     return f"{row['ms']:.4f}" if row["ms"] < 10 else f"{row['ms']:.2f}"
 
 
-def fit(out: dict) -> fused.Gpu:
-    """The constants of `fused.Gpu` from the section `attention` of a results file: every row is one linear equation, counts times
-    constants = measured seconds, and all of them are solved for the least squares of the *relative* errors."""
-    c, gpu, equations = PRESETS["wan1.3b"], fused.Gpu(), []
-    for point in (point for point in out["sections"]["attention"]["points"] if "timing" in point):
-        L, T, ms = point["L"], point["T"], {name: row["ms"] for name, row in point["timing"].items() if "ms" in row}
-        sizes = 1, L, T, c.heads, c.dim // c.heads - c.rope, c.rope, c.dim // c.heads, c.latent
-        counts = {route: route_counts(route, *sizes, gpu) for route in ("reference", "materialised", "absorbed")} | {
-            "dense cuDNN, K V ready": (1, fused.waves(L, c.heads, gpu.sms) * T, 0, 0, 0, 0),
-            "fused, kernel only": fused.form_counts(0, *sizes, gpu.sms), "fused, cuDNN only": fused.form_counts(L, *sizes, gpu.sms)}
-        equations += [[1e3 * n / ms[name] for n in count] for name, count in counts.items() if name in ms]
+def attention_sizes(c: Config) -> dict[str, int]:
+    """The letters of attention.py."""
+    head = c.dim // c.heads
+    return dict(H=c.heads, N=head - c.rope, R=c.rope, V=head, C=c.latent)
+
+
+# ---- the constants of a card -----------------------------------------------------------------
+
+
+def fit(out: dict) -> Gpu:
+    """The constants of `engine.routes.Gpu` from the section `attention` of a results file.
+
+    Every row of that table is one linear equation, counts times constants = measured seconds.
+    All are solved for the least squares of their *relative* errors.
+    """
+    equations = []
+    for point in out["sections"]["attention"]["points"]:
+        for name, counts in counted(point["L"], point["T"]).items():
+            row = point.get("timing", {}).get(name, {})
+            if "ms" in row:
+                equations.append([1e3 * count / row["ms"] for count in counts])
     A = torch.tensor(equations, dtype=torch.float64)
-    size = A.amax(0)                                       # columns differ by twenty orders of magnitude
-    return fused.Gpu(gpu.sms, *(torch.linalg.lstsq(A / size, torch.ones(len(A), 1, dtype=A.dtype)).solution[:, 0] / size).tolist())
+    size = A.amax(0)                       # columns differ by twenty orders of magnitude
+    one = torch.ones(len(A), 1, dtype=A.dtype)
+    solution = torch.linalg.lstsq(A / size, one).solution[:, 0] / size
+    return Gpu(GPUS[H100].sms, *solution.tolist())
+
+
+def counted(L: int, T: int) -> dict[str, Counts]:
+    """{contender: what it costs} at the paper's widths, where costs can be counted."""
+    gpu = GPUS[H100]
+    sizes = attention_sizes(PRESETS["wan1.3b"])
+    counts = {}
+    for route in CPU_ROUTES:
+        counts[route] = route_counts(route, 1, L, T, **sizes, gpu=gpu)
+    ready = waves(L, sizes["H"], gpu.sms) * T
+    counts["dense cuDNN, K V ready"] = Counts(launch=1, key=ready)
+    counts["fused, kernel only"] = form_counts(0, 1, L, T, **sizes, sms=gpu.sms)
+    counts["fused, cuDNN only"] = form_counts(L, 1, L, T, **sizes, sms=gpu.sms)
+    return counts
+
+
+# ---- the strongest dense contender -----------------------------------------------------------
 
 
 class StoredRotated(Dense):
-    """A dense layer whose cache holds keys already rotated to absolute positions, as released code keeps them: no rotation at read,
-    and no re-indexing of the window either; here not even the chunk's own. The strongest dense contender."""
+    """Dense attention whose cache holds keys already rotated to absolute positions, as released
+    code keeps them.
 
-    def forward(self, x, rows, q_table=None, k_table=None, mask=None, route="auto"):
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.norm_q(self.W_Q(x)), *rows))
-        q = rotate(q.transpose(1, 2), q_table).transpose(1, 2)
-        return self.W_O(F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2))
+    Nothing is rotated at read, and the window cannot be re-indexed. Here not even the chunk's
+    own keys are rotated. It is the strongest dense contender.
+    """
+
+    @classmethod
+    def like(cls, dense: Dense, E: int) -> "StoredRotated":
+        """A layer with the weights of `dense`, of width E, on its device and in its dtype."""
+        layer = cls(E, dense.heads, dense.rope).to(dense.W_Q.weight)
+        layer.load_state_dict(dense.state_dict())
+        return layer.requires_grad_(False)
+
+    def forward(self, x, rows, q_table=None, k_table=None, mask=None, attend=None) -> Tensor:
+        keys, values = rows
+        q = self.norm_q(self.W_Q(x)).unflatten(-1, (self.heads, -1))       # [B, L, H, d_h]
+        k = keys.unflatten(-1, (self.heads, -1))                           # [B, T, H, d_h]
+        v = values.unflatten(-1, (self.heads, -1))
+        q = rotate(q, q_table).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2),
+                                           scale=self.scale)
+        return self.W_O(o.transpose(1, 2).flatten(2))
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+
+class Recording(NamedTuple):
+    """Calls ready to be timed: on a GPU one CUDA graph, on a CPU one call after the other."""
+    replay: Callable
+    calls: int                             # in a replay
+    warmup_s: float                        # seconds of the first calls, compilation included
 
 
 class Measure:
     """Device, sizes, clock and results of one run."""
 
     def __init__(self, args):
-        self.args, self.gpu = args, torch.cuda.is_available() and not args.cpu
-        self.start, self.quick = time.perf_counter(), args.quick or not self.gpu
-        self.device, self.dtype = ("cuda", torch.bfloat16) if self.gpu else ("cpu", torch.float32)
-        small = replace(PRESETS["toy"], layers=2, frames=12, window=12)
-        self.config = small if self.quick else PRESETS["wan1.3b"]
+        self.args = args
+        self.start = time.perf_counter()
+        self.gpu = torch.cuda.is_available() and not args.cpu
+        self.quick = args.quick or not self.gpu
+        self.device = "cuda" if self.gpu else "cpu"
+        self.dtype = torch.bfloat16 if self.gpu else torch.float32
+        self.config = PRESETS["wan1.3b"]
+        if self.quick:
+            self.config = replace(PRESETS["toy"], layers=2, frames=12, window=12)
         if args.layers:
             self.config = replace(self.config, layers=args.layers)
         self.out = provenance(torch.device(self.device))
-        self.out |= {
-            "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-            "triton": getattr(sys.modules.get("triton"), "__version__", None), "dtype": str(self.dtype)[6:],
-            "cudnn": torch.backends.cudnn.version() if self.gpu else None, "sections": {}}
+        self.out["date"] = time.strftime("%Y-%m-%d")
+        self.out["torch"] = torch.__version__
+        self.out["triton"] = getattr(sys.modules.get("triton"), "__version__", None)
+        self.out["dtype"] = str(self.dtype).removeprefix("torch.")
+        self.out["cudnn"] = torch.backends.cudnn.version() if self.gpu else None
+        self.out["sections"] = {}
 
-    # ---- measuring --------------------------------------------------------------------------------------------------
+    # ---- the clock ---------------------------------------------------------------------------
 
-    def recorded(self, calls):
-        """(replay, calls in it, seconds of warm-up, compilation included): the calls, made often enough for 4 ms, as one CUDA graph."""
+    def recorded(self, calls: list[Callable]) -> Recording:
+        """The calls, in turn and often enough for 4 ms."""
         start = time.perf_counter()
         for call in calls + calls[:1]:
             call()
         if not self.gpu:
-            return itertools.cycle(calls).__next__, 1, 0.0
+            return Recording(itertools.cycle(calls).__next__, 1, 0.0)
         torch.cuda.synchronize()
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-        a.record(); calls[0](); b.record(); b.synchronize()
-        rounds = max(1, min(100, int(4 / max(a.elapsed_time(b), 1e-3) / len(calls))))       # too few, and what ran before shows
+        once = max(self.gpu_time(calls[0]), 1e-3)
+        # Too few rounds, and it shows what ran before.
+        rounds = max(1, min(100, int(4 / once / len(calls))))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls * rounds:
                 call()
-        return graph.replay, rounds * len(calls), time.perf_counter() - start
+        return Recording(graph.replay, rounds * len(calls), time.perf_counter() - start)
 
-    def clock(self, replay) -> float:
+    def gpu_time(self, work: Callable) -> float:
+        """ms between two events around `work`."""
+        before = torch.cuda.Event(enable_timing=True)
+        after = torch.cuda.Event(enable_timing=True)
+        before.record()
+        work()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after)
+
+    def clock(self, replay: Callable) -> float:
         """ms of one replay."""
-        if not self.gpu:
-            start = time.perf_counter()
-            replay()()
-            return 1e3 * (time.perf_counter() - start)
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-        a.record(); replay(); b.record(); b.synchronize()
-        return a.elapsed_time(b)
+        if self.gpu:
+            return self.gpu_time(replay)
+        call = replay()
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
 
-    def timed_in_turn(self, contenders: dict, replays=11) -> dict:
-        """{name: ms of one call, median and spread} of {name: `recorded`}: they take turns, so that a GPU that grows hot, and slow, does so
-        for all of them."""
+    def timed_in_turn(self, contenders: dict[str, Recording], replays: int = 11) -> dict:
+        """{name: ms of one call, median and spread}.
+
+        The contenders take turns, so that a GPU that grows hot, and slow, does so for all.
+        """
+        warmups = 2 if self.gpu else 0
+        rounds = warmups + replays if self.gpu else 5
         times = {name: [] for name in contenders}
-        for i in range(replays + 2 if self.gpu else 5):
-            for name, (replay, calls, _) in contenders.items():
-                times[name] += [self.clock(replay) / calls] if i > 1 or not self.gpu else []
-        return {name: dict(ms=statistics.median(found), low=sorted(found)[len(found) // 10], high=sorted(found)[-1 - len(found) // 10],
-                           warmup_s=contenders[name][2]) for name, found in times.items()}
+        for i in range(rounds):
+            for name, recording in contenders.items():
+                ms = self.clock(recording.replay) / recording.calls
+                if i >= warmups:
+                    times[name].append(ms)
+        return {name: spread(times[name]) | {"warmup_s": recording.warmup_s}
+                for name, recording in contenders.items()}
 
-    def timed(self, calls, replays=11) -> dict:
+    def timed(self, calls: list[Callable], replays: int = 11) -> dict:
+        """`timed_in_turn` for a single contender."""
         return self.timed_in_turn({"": self.recorded(calls)}, replays)[""]
 
-    def attempt(self, work, forget=False) -> dict:
-        """The result of `work`, or one line saying why there is none (the budget's end among the reasons). `forget`: what it compiled
-        goes too, and with it the models and windows that compiled code keeps alive."""
+    def attempt(self, work: Callable, forget: bool = False) -> dict:
+        """The result of `work`, or one line saying why there is none (the budget may be spent).
+
+        `forget`: what it compiled goes, too.
+        """
         try:
             if time.perf_counter() - self.start > self.args.budget:
                 raise TimeoutError(f"not run: the budget of {self.args.budget:.0f} s is spent")
             return work()
-        except Exception as error:                         # any contender may fail in its own way; the table goes on and says so
-            return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"}
+        except Exception as error:     # a contender may fail in its own way; the table says so
+            lines = str(error).strip().splitlines() or [""]
+            return {"failed": f"{type(error).__name__}: {lines[0][:160]}"}
         finally:
             if forget:
                 torch._dynamo.reset()
@@ -133,60 +225,83 @@ class Measure:
                 torch.cuda.empty_cache()
 
     def ceilings(self) -> None:
+        """What this device reaches in a large product and in a copy."""
         n = 8192 if self.gpu else 256
-        a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in "ab")
+        a = torch.randn(n, n, device=self.device).to(self.dtype)
+        b = torch.randn(n, n, device=self.device).to(self.dtype)
         product = self.timed([lambda: a @ b] * 2)["ms"]
         x = torch.empty(2**30 if self.gpu else 2**20, dtype=torch.uint8, device=self.device)
         y = torch.empty_like(x)
         moved = self.timed([lambda: y.copy_(x)])["ms"]
-        self.out["ceilings"] = dict(matmul_tflops=2 * n**3 / product / 1e9, copy_gbs=2 * x.numel() / moved / 1e6)
-        print(f"{self.out['device']}, torch {self.out['torch']}, triton {self.out['triton']}; ceilings: {n}^3 product "
-              f"{self.out['ceilings']['matmul_tflops']:.1f} TFLOP/s, copy {self.out['ceilings']['copy_gbs']:.0f} GB/s", flush=True)
+        tflops = 2 * n**3 / product / 1e9
+        gbs = 2 * x.numel() / moved / 1e6
+        self.out["ceilings"] = dict(matmul_tflops=tflops, copy_gbs=gbs)
+        print(f"{self.out['device']}, torch {self.out['torch']}, triton {self.out['triton']}; "
+              f"ceilings: {n}^3 product {tflops:.1f} TFLOP/s, copy {gbs:.0f} GB/s", flush=True)
 
-    # ---- what is measured ---------------------------------------------------------------------------------------------
+    # ---- what is measured --------------------------------------------------------------------
 
-    def sizes(self):
-        c = self.config
-        d = c.dim // c.heads
-        return dict(H=c.heads, N=d - c.rope, R=c.rope, V=d, C=c.latent)
+    def sizes(self) -> dict[str, int]:
+        return attention_sizes(self.config)
 
-    def model(self, kind, layers=None):
+    def model(self, kind: str, layers: int | None = None) -> VideoDiT:
+        """A model of the run's sizes without a gate of zero: nothing is skipped or trivial."""
         torch.manual_seed(0)
-        config = replace(self.config, attention=kind, **({"layers": layers} if layers else {}))
+        config = replace(self.config, attention=kind, layers=layers or self.config.layers)
         with torch.device(self.device):
             model = VideoDiT(config).to(self.dtype).eval().requires_grad_(False)
         for p in model.parameters():
-            p += 0.02 * torch.randn_like(p)                # no gate is zero, nothing is skipped or trivially equal
+            p += 0.02 * torch.randn_like(p)
         return model
 
-    def window(self, model, videos=1):
-        """A full window of noise, `seen` beyond it, as a long rollout would have."""
+    def window(self, model: VideoDiT, videos: int = 1) -> FullWindow:
+        """A full window of noise with `seen` beyond it, as a long rollout would have."""
         with torch.device("meta"):
             empty = model.make_cache(videos, self.dtype, "meta")
-        empty.seen = empty.slots
-        window = FullWindow(empty)
-        window.rows = [tuple(torch.empty(b.shape, device=self.device, dtype=self.dtype).normal_() for b in layer) for layer in window.rows]
-        window.buffers, window.seen = window.rows[0], torch.tensor(10 * empty.slots + empty.sink, device=self.device)
+        empty.seen = empty.capacity
+        window = FullWindow(empty)                                 # takes no memory yet
+        for layer in window.layers:
+            layer.buffers = tuple(self.noise_like(buffer) for buffer in layer.buffers)
+        window.seen = torch.tensor(10 * empty.capacity + empty.sink, device=self.device)
         return window
 
-    def caption(self, videos=1):
+    def noise_like(self, x: Tensor) -> Tensor:
+        return torch.empty(x.shape, device=self.device, dtype=self.dtype).normal_()
+
+    def caption(self, videos: int = 1) -> Tensor:
         return torch.randint(1, 20, (videos, self.config.slots), device=self.device)
 
-    # ---- output -----------------------------------------------------------------------------------------------------
+    # ---- output ------------------------------------------------------------------------------
 
-    def table(self, title, head, rows):
+    def table(self, title: str, head: list, rows: list[list]) -> None:
+        """Print a table, its first column to the left and all others to the right."""
         cells = [[str(x) for x in row] for row in [head, *rows]]
-        width = [max(len(row[i]) for row in cells) for i in range(len(head))]
-        line = lambda row: " | ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, width)))
-        print(f"\n{'### ' if self.args.markdown else ''}{title}\n" + ("" if not self.args.markdown else "\n"))
-        for i, row in enumerate(cells):
-            print(f"| {line(row)} |" if self.args.markdown else line(row))
-            if i == 0:
-                print("|" + "|".join("-" * (w + 2) for w in width) + "|" if self.args.markdown else "-" * (sum(width) + 3 * len(width)))
+        widths = [max(len(text) for text in column) for column in zip(*cells)]
+        lines = []
+        for row in cells:
+            padded = [row[0].ljust(widths[0])]
+            padded += [text.rjust(width) for text, width in zip(row[1:], widths[1:])]
+            lines.append(" | ".join(padded))
+        rule = "-" * (sum(widths) + 3 * len(widths))
+        if self.args.markdown:
+            title = f"### {title}\n"
+            lines = [f"| {line} |" for line in lines]
+            rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+        print(f"\n{title}\n{lines[0]}\n{rule}")
+        for line in lines[1:]:
+            print(line)
         sys.stdout.flush()
 
-    def save(self):
+    def save(self) -> None:
+        """Write what there is so far."""
         if self.args.json:
             path = Path(self.args.json)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self.out, indent=1) + "\n")
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    ordered = sorted(times)
+    tenth = len(ordered) // 10
+    return dict(ms=statistics.median(times), low=ordered[tenth], high=ordered[-1 - tenth])

@@ -1,8 +1,10 @@
-"""Which code drew a picture, and from which results: a short text inside the picture, so that none grows old in silence.
+"""Which code drew a picture, and from which results: a short text inside the picture.
 
-Hashed are the drawing functions without docstrings, comments and white space, which age nothing (not syntax trees: those look different in
-another Python), and the results as canonical JSON. tests/test_repo.py: every picture in results/ is of today's drawing code and of the
-results that lie beside it.
+So no picture grows old in silence. Hashed are the text of the drawing functions and the results
+that they drew, as canonical JSON. Docstrings, comments and white space are left out of the
+text, for they age nothing. (A syntax tree would leave them out, too, but looks different in
+another Python.) tests/test_repo.py: every picture in results/ was drawn by today's code, from
+the results that lie beside it.
 """
 
 import ast
@@ -14,6 +16,14 @@ import re
 import textwrap
 import tokenize
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Stamp(NamedTuple):
+    module: str                # of the drawing functions, by its file
+    functions: list[str]
+    code: str                  # hash of what they say
+    data: str                  # hash of what they drew
 
 
 def digest(content: bytes) -> str:
@@ -21,34 +31,45 @@ def digest(content: bytes) -> str:
 
 
 def code_hash(*functions) -> str:
-    return digest("".join(map(bare, functions)).encode())
+    texts = [bare(function) for function in functions]
+    return digest("".join(texts).encode())
 
 
 def bare(function) -> str:
-    """What a function does, as text."""
+    """What a function does, as text without comments, docstring and white space."""
     text = textwrap.dedent(inspect.getsource(function))
-    lines, node = text.splitlines(), ast.parse(text).body[0]
+    lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
-            lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    node = ast.parse(text).body[0]
     if ast.get_docstring(node):
-        del lines[node.body[0].lineno - 1:node.body[0].end_lineno]
+        docstring = node.body[0]
+        del lines[docstring.lineno - 1:docstring.end_lineno]
     return "".join("".join(lines).split())
 
 
 def data_hash(data) -> str:
-    return digest(json.dumps(json.loads(json.dumps(data)), sort_keys=True).encode())
+    as_read = json.loads(json.dumps(data))     # tuples are lists by then, keys strings
+    return digest(json.dumps(as_read, sort_keys=True).encode())
 
 
 def stamp(data, *functions) -> str:
-    """"module:function,function=hash data=hash"; by its file, as a program that runs is called __main__."""
-    name = Path(inspect.getfile(functions[0])).stem
-    return f"{name}:{','.join(function.__name__ for function in functions)}={code_hash(*functions)} data={data_hash(data)}"
+    """The text "module:function,function=hash data=hash".
+
+    The module is named by its file, because a program that runs is called __main__.
+    """
+    module = Path(inspect.getfile(functions[0])).stem
+    names = ",".join(function.__name__ for function in functions)
+    return f"{module}:{names}={code_hash(*functions)} data={data_hash(data)}"
 
 
-def read_stamp(path: Path) -> tuple[str, list[str], str, str] | None:
-    """(module, functions, hash of their code, hash of the data) of a stamped PNG or GIF. Both keep such a text as it is."""
-    found = re.search(rb"drawn_by[\0 ](\w+):([\w,]+)=(\w+) data=(\w{12})", path.read_bytes())
-    if found:
-        module, functions, code, data = (part.decode() for part in found.groups())
-        return module, functions.split(","), code, data
+def read_stamp(path: Path) -> Stamp | None:
+    """The stamp of a PNG or a GIF, which keep such a text as it is. None if it has none."""
+    pattern = r"drawn_by[\0 ](\w+):([\w,]+)=(\w+) data=(\w{12})"
+    found = re.search(pattern, path.read_bytes().decode("latin-1"), re.ASCII)
+    if found is None:
+        return None
+    module, functions, code, data = found.groups()
+    return Stamp(module, functions.split(","), code, data)

@@ -1,55 +1,52 @@
-"""The README's tables, from results/: nothing measured is typed by hand.
+"""The tables of README.md and RESULTS.md, made from results/: nothing measured is typed by
+hand.
 
-    python -m experiments.tables --write        puts every table between its markers in the README
-    python -m experiments.tables bench rank     prints these two
+    python -m experiments.tables --write             puts every table between its markers
+    python -m experiments.tables attention rank      prints these two
 
-A block of the README stands between <!-- table: NAME --> and <!-- end -->. tests/test_repo.py: the README holds exactly what is generated.
-Sentences that depend on figures are generated as well: which row wins is not known before the run.
+A table stands between <!-- table: NAME --> and <!-- end -->. tests/test_repo.py: the files hold
+exactly what is generated. Which row wins is not known before a run, so sentences that depend on
+figures are generated as well.
 """
 
 import argparse
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Reading order: a file, the one question it answers, minutes.
-READING = (
-    ("rope3d", "how does a token know where and when it is?", 5),
-    ("cache", "how can memory stay constant and nothing ever be moved?", 10),
-    ("attention", "what is MLA, why do its routes agree, what do they cost?", 20),
-    ("mla_video", "who may look at whom, in training and in streaming?", 15),
-    ("checkpoint", "what can a file do to a program that reads it?", 3),
-    ("compiled", "what is left to do in Python when nothing changes from chunk to chunk?", 5),
-    ("toy_data", "how is quality measured without a judge?", 10),
-    ("sample", "how does noise become the next chunk?", 10),
-    ("objectives", "what does each stage minimise, and where does its gradient stop?", 15),
-    ("parallel", "how do N processes compute what one would?", 4),
-    ("trainer", "what makes a run repeatable, and a step one launch?", 10),
-    ("train", "what does the command line promise?", 5),
-    ("fused", "how does the kernel use one tile as key and as value?", 20))
-
-STAGES = (  # stage, given, learns, passes a chunk
-    ("score", "a whole clip, past and future", "its velocity: the judge that `dmd` needs", "-"),
-    ("tf", "the clean *real* past", "teacher forcing: the velocity of every chunk at every noise level", "12 + 1 to commit"),
-    ("cd", "the same", "consistency distillation: to jump where the teacher's flow leads", "4 + 1"),
-    ("dmd", "*its own* past, through the real cache", "distribution matching: videos the judge cannot tell from real ones", "4 + 1"))
+BENCH = "bench_h100.json"
+NAMES = {"mla": "MLA", "dense": "dense"}
 
 
 def results(name: str) -> dict:
     return json.loads((ROOT / "results" / name).read_text())
 
 
-def markdown(head: list[str], rows: list[list]) -> str:
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+# ---- text ------------------------------------------------------------------------------------
+
+def row(cells: Iterable) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def origin(name: str, result: dict) -> str:
-    """Where figures come from, in one clause."""
-    edited = " (edited by hand: it says what)" if result.get("edited_by_hand") else ""
-    return f"{result['device']}, {result['versions'].split(',')[0]}, commit {result['commit']}, [results/{name}](results/{name}){edited}"
+def markdown(head: list, rows: list[list]) -> str:
+    ruler = ["---"] * len(head)
+    return "\n".join(row(cells) for cells in [head, ruler, *rows])
+
+
+def origin(name: str, command: str = "") -> str:
+    """Where figures come from, as a paragraph: command, machine, torch, commit, file, and what
+    was edited by hand."""
+    found = results(name)
+    command = command or found["command"]
+    torch_version = found["versions"].split(",")[0]
+    text = f"`{command}` on {found['device']}, {torch_version}, commit {found['commit']}: "
+    text += f"[{name}](results/{name})."
+    if edited := found.get("edited_by_hand"):
+        text += f" Edited by hand: {edited}."
+    return text
 
 
 def percent(share: float) -> str:
@@ -60,198 +57,455 @@ def minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min"
 
 
-def spread(values: list[float], show) -> str:
-    """Mean over seeds and, if there are several, the least and the most."""
-    few = [show(value) for value in (mean(values), min(values), max(values))]
-    return few[0] if len(values) == 1 else f"{few[0]} [{few[1].removesuffix(' %')}, {few[2].removesuffix(' %')}]"
+def number(value: float) -> str:
+    return f"{value:.2f}"
 
+
+def spread(values: list[float], show: Callable = number) -> str:
+    """Mean over seeds and, if there are several, the least and the most."""
+    middle = show(mean(values))
+    if len(values) == 1:
+        return middle
+    least = show(min(values)).removesuffix(" %")
+    most = show(max(values)).removesuffix(" %")
+    return f"{middle} [{least}, {most}]"
+
+
+def bold(values: list[float], show: Callable = percent) -> str:
+    return f"**{spread(values, show)}**"
+
+
+# ---- quality: a minute of video --------------------------------------------------------------
 
 def late(run: dict, stage: str, metric: str) -> float:
     """Mean over the last 120 frames: one stretch of 12 frames alone is noise."""
-    return mean(run["stages"][stage]["curves"][metric][-10:])
+    curve = run["stages"][stage]["curves"][metric]
+    return mean(curve[-10:])
 
 
-# ---- the tables -----------------------------------------------------------------------------------------------------
-
-def three() -> str:
-    """Memory, quality, speed: the number, its machine, its command."""
-    bench, found = results("bench_h100.json"), results("quality.json")
-    memory, points, rollout = bench["sections"]["memory"]["wan1.3b"], attention_points(bench), bench["sections"]["rollout"]
-    runs = {kind: [late(run, "dmd", "survival") for run in found["runs"] if run["attention"] == kind] for kind in ("mla", "dense")}
-    survive = ", ".join(f"{label} **{spread(runs[kind], percent)}**" for kind, label in (("mla", "MLA"), ("dense", "dense")) if runs[kind])
-    last = points[-1]
-    return markdown(["", "result", "from"], [
-        ["memory", f"**{100 * memory['saved']:.1f} % less** cache: {memory['mla']} bytes a token and layer, dense {memory['dense']} "
-         f"(the paper's geometry, bf16, from buffers)", "`python -m experiments.bench --only memory`, anywhere"],
-        ["quality", f"of {found['rollouts']} videos of {found['frames']} frames, {found['frames'] // 12} times a training clip, after `dmd` "
-         f"survive: {survive}{of_seeds(runs['mla'])}; speed, captions, smoothness: [below](#three-stages-of-training)",
-         f"`python -m experiments.quality`, {found['device']}"],
-        ["speed", f"attention over {last['T']:,} tokens for a chunk of {last['L']}: MLA {ms(last, 'fused')} ms, dense "
-         f"{fastest_dense(last):.3f}; whole model: MLA {rollout['mla']['frames_per_s']:.2f} frames/s, dense "
-         f"{rollout['dense']['frames_per_s']:.2f}", f"`python -m experiments.bench`, {bench['device']}"]])
+def over_seeds(attention: str, stage: str, metric: str) -> list[float]:
+    """`late`, one value a seed."""
+    runs = results("quality.json")["runs"]
+    return [late(run, stage, metric) for run in runs if run["attention"] == attention]
 
 
-def of_seeds(values: list) -> str:
-    return f" (mean of {len(values)} seeds [least, most])" if len(values) > 1 else ""
+MINUTE = {  # column: (metric, how a value is shown)
+    "frames that show their caption": ("match", percent),
+    "survive": ("survival", percent),
+    "speed / true": ("speed", number),
+    "distance of speeds": ("speeds", number),
+    "jerkiness / true": ("residual", number),
+}
 
 
-def training() -> str:
+def minute_row(attention: str, stage: str, runs: list[dict]) -> list[str]:
+    switched = [run["stages"][stage]["switch"][2] for run in runs]
+    # Several runs may have shared a GPU: the least disturbed one counts.
+    seconds = min(run["stages"][stage]["seconds_per_chunk"] for run in runs)
+    name, comma, detail = stage.partition(",")
+    cells = [f"{NAMES[attention]}, `{name}`{comma}{detail}"]
+    for metric, show in MINUTE.values():
+        cells.append(spread([late(run, stage, metric) for run in runs], show))
+    cells.append(spread(switched, percent))
+    cells.append(f"{1000 * seconds:.0f}")
+    return cells
+
+
+def minute() -> str:
+    found = results("quality.json")
     rows = []
-    for name, note in (("mla_cpu", ""), ("dense_cpu", " (an earlier recipe)")):
-        run = results(f"train_{name}.json")
-        rows.append([f"{run['attention'].replace('mla', 'MLA')}, {run['device']}{note}", f"{run['steps']} x {run['batch']}",
-                     minutes(run["training_seconds"]), percent(run["survival"]["survival"])])
-    return markdown(["`python train.py`, one run each", "steps x clips", "training", "survive 120 frames, of 64"], rows)
+    for attention in NAMES:
+        runs = [run for run in found["runs"] if run["attention"] == attention]
+        for stage in runs[0]["stages"]:
+            rows.append(minute_row(attention, stage, runs))
+    head = ["model, stage", *MINUTE, "new caption shown, third chunk", "ms a chunk"]
+    seeds = sorted({run["seed"] for run in found["runs"]})
+    said = (f"{found['rollouts']} videos of {found['frames']} frames at once, mean [least, most] of "
+            f"{len(seeds)} seeds, means over the last 120 frames.")
+    return f"{markdown(head, rows)}\n\n{said} {origin('quality.json')}"
+
+
+STAGES = {  # stage: (given, learns, passes a chunk)
+    "score": (
+        "a whole clip, past and future",
+        "its velocity: the judge that `dmd` needs",
+        "-",
+    ),
+    "tf": (
+        "the clean *real* past",
+        "teacher forcing: the velocity of every chunk at every noise level",
+        "12 + 1 to commit",
+    ),
+    "cd": (
+        "the same",
+        "consistency distillation: to jump where the teacher's flow leads",
+        "4 + 1",
+    ),
+    "dmd": (
+        "*its own* past, through the real cache",
+        "distribution matching: videos that the judge cannot tell from real ones",
+        "4 + 1",
+    ),
+}
 
 
 def stages() -> str:
     found = results("stages_cpu.json")
     rows = []
-    for stage, given, learns, passes in STAGES:
+    total = 0
+    for stage, (given, learns, passes) in STAGES.items():
         report = found["stages"][stage]
-        rows.append([f"`{stage}`", given, learns, passes, minutes(report["training_seconds"]),
-                     percent(report["survival"]["survival"]) if report["survival"] else "-"])
-    whole = minutes(sum(report["training_seconds"] for report in found["stages"].values()))
-    return markdown(["stage", "given", "learns", "passes a chunk", f"training, {found['device']}", "survive 120 frames"], rows) + \
-        f"\n\n({whole} in all, one seed; {origin('stages_cpu.json', found)}; `dmd` is an earlier recipe's.)"
+        seconds = report["training_seconds"]
+        total += seconds
+        survival = "-"
+        if report["survival"]:
+            survival = percent(report["survival"]["survival"])
+        rows.append([f"`{stage}`", given, learns, passes, minutes(seconds), survival])
+    head = ["stage", "given", "learns", "passes a chunk", "training", "survive 120 frames"]
+    said = f"{minutes(total)} in all, one seed; `dmd` is an earlier recipe's."
+    shipped = f"The shipped `checkpoints/toy.pt`: {origin('toy.json')}"
+    return f"{markdown(head, rows)}\n\n{said} {origin('stages_cpu.json')}\n\n{shipped}"
 
 
-def minute() -> str:
-    found, rows = results("quality.json"), []
-    for kind in dict.fromkeys(run["attention"] for run in found["runs"]):
-        runs = [run for run in found["runs"] if run["attention"] == kind]
-        for stage in runs[0]["stages"]:
-            cells = [spread([late(run, stage, metric) for run in runs], show) for metric, show in (
-                ("survival", percent), ("match", percent), *((metric, "{:.2f}".format) for metric in ("speed", "speeds", "residual")))]
-            switched = [run["stages"][stage]["switch"][2] for run in runs]
-            seconds = min(run["stages"][stage]["seconds_per_chunk"] for run in runs)       # the run least disturbed: several may share a GPU
-            rows.append([f"{kind.replace('mla', 'MLA')}, `{stage.split(',')[0]}`{stage[2:] if ',' in stage else ''}", *cells,
-                         spread(switched, percent), f"{1000 * seconds:.0f}"])
-    head = ["", "survive", "frames that show their caption", "speed / true", "distance of speeds", "jerkiness / true",
-            "new caption, third chunk", "ms a chunk, least of seeds"]
-    numbers = sorted({run["seed"] for run in found["runs"]})
-    how = f"mean [least, most] of seeds {', '.join(map(str, numbers))}" if len(numbers) > 1 else "one seed"
-    said = f"{found['rollouts']} videos of {found['frames']} frames at once, {how}, means over the last 120; {origin('quality.json', found)}"
-    which = ("curves", ""), ("tf", "_tf"), ("cd", "_cd"), ("dmd", "_dmd")
-    pictures = ", ".join(f"[{what}](results/quality{end}.png)" for what, end in which)
-    return markdown(head, rows) + f"\n\n({said}; {pictures}.)"
+# ---- speed: which row wins is read off -------------------------------------------------------
 
-
-# ---- attention: which row wins is read off --------------------------------------------------------------------------
-
-def attention_points(bench: dict) -> list[dict]:
-    """The points with the longest window, by query tokens."""
-    points = [point for point in bench["sections"]["attention"]["points"] if "timing" in point]
-    longest = max(point["T"] for point in points)
-    return sorted((point for point in points if point["T"] == longest), key=lambda point: point["L"])
-
-
-def ms(point: dict, row: str) -> str:
-    found = point.get("timing", {}).get(row, {})
-    return f"{found['ms']:.3f}" if "ms" in found else ""
+def ms(point: dict, name: str) -> float | None:
+    """Milliseconds of one row at one point; None if it was not timed, or failed."""
+    return point.get("timing", {}).get(name, {}).get("ms")
 
 
 def fastest_dense(point: dict) -> float:
-    return min(row["ms"] for name, row in point["timing"].items() if name.startswith("dense") and "ms" in row)
+    times = []
+    for name in point["timing"]:
+        time = ms(point, name)
+        if name.startswith("dense") and time is not None:
+            times.append(time)
+    return min(times)
 
 
-def bench() -> str:
-    found = results("bench_h100.json")
-    points, sections = attention_points(found), found["sections"]
-    every = [point for point in sections["attention"]["points"] if ms(point, "fused")]
-    shown = [point for point in points if point["L"] not in (32, 128)]
-    names = {"dense cuDNN, K V ready": "dense, cuDNN", "dense flash, K V ready": "dense, flash",
-             "dense cuDNN waves + flash": "dense, split into whole waves", "materialised": "MLA, materialised", "absorbed": "MLA, absorbed",
-             "fused": "MLA, **fused**" + " (what `auto` takes)" * all(point["auto"] == "fused" for point in shown)}
-    ratio = {point["L"]: point["timing"]["fused"]["ms"] / fastest_dense(point) for point in points if ms(point, "fused")}
-    rows = [[label, *(ms(point, name) for point in shown)] for name, label in names.items()]
-    rows.append(["fused / fastest dense", *(f"{ratio[point['L']]:.2f}" if point["L"] in ratio else "" for point in shown)])
-    block, rollout, batch = sections["block"], sections["rollout"], sections["batch"]
-    text = [f"Fused MLA against the fastest dense row: {losses(every)}. Error in bf16 against float64, on the "
-            f"tensors that are timed: at most {worst_error(every):.1f} times dense's.",
-            f"A Wan-shaped block, compiled, five passes a chunk: MLA {block['MLA auto, compiled']['ms']:.1f} ms, dense "
-            f"{block['dense, compiled']['ms']:.1f} ms, dense that stores its keys rotated, as released code does, "
-            f"{block['dense, keys stored rotated, compiled']['ms']:.1f}. The whole model with a full window: MLA "
-            f"{rollout['mla']['frames_per_s']:.2f} latent frames/s, dense that rotates at read {rollout['dense']['frames_per_s']:.2f}.",
-            "Largest batch before out-of-memory: " + ", ".join(
-                f"{label} dense {batch[f'dense, {how}']['videos']}, MLA {batch[f'mla, {how}']['videos']}" for how, label in
-                (("all at once", "all at once"), ("in turns of 1 video", "or with attention for one video after the other"))) + "."]
-    if crossing := sections["attention"]["crossing"].get(f"absorbed / materialised, T={points[0]['T']}"):
-        text.append(f"Absorbing and materialising cost the same at L = {crossing:.0f}, measured at {points[0]['T']:,} keys; in operations, "
-                    f"at {sections['attention']['L_star']:.0f}.")
-    if rows_b200 := sections.get("b200"):
-        said = ", ".join(f"{row['ratio']:.2f} times dense at L = {L}" for L, row in rows_b200.items())
-        text.append(f"For a B200 public figures predict {said}; that was never measured.")
-    said = f"{origin('bench_h100.json', found)}; this card's limit in a large product: {found['ceilings']['matmul_tflops']:.0f} TFLOP/s"
-    head = [f"attention of one layer, {points[0]['T']:,} keys, ms; L =", *(point["L"] for point in shown)]
-    return f"{markdown(head, rows)}\n\n{' '.join(text)} ({said}.)"
+def over_dense(point: dict) -> float:
+    """Fused MLA's time over that of the fastest dense row."""
+    return ms(point, "fused") / fastest_dense(point)
 
 
-def losses(points: list[dict]) -> str:
-    """In one clause for each window, the longest first: where fused is slower, and by how much at most."""
-    found = []
-    for T in sorted({point["T"] for point in points}, reverse=True):
-        ratio = {point["L"]: point["timing"]["fused"]["ms"] / fastest_dense(point) for point in points if point["T"] == T}
-        lost = [str(L) for L, value in ratio.items() if value > 1]
-        most = f"slower at L = {', '.join(lost)}, {max(ratio.values()):.2f} times at most"
-        found.append(f"at {T:,} keys {most if lost else 'never slower'}")
-    return "; ".join(found)
+def attention_points(found: dict) -> dict[int, list[dict]]:
+    """{keys: points by query tokens} at which fused was timed, the longest window first."""
+    windows = {}
+    for point in found["sections"]["attention"]["points"]:
+        if ms(point, "fused") is not None:
+            windows.setdefault(point["T"], []).append(point)
+    for points in windows.values():
+        points.sort(key=lambda point: point["L"])
+    return dict(sorted(windows.items(), reverse=True))
 
 
 def worst_error(points: list[dict]) -> float:
-    return max(row.get("error_ratio") or 0 for point in points for row in point["timing"].values())
+    worst = 0
+    for point in points:
+        for timed in point["timing"].values():
+            worst = max(worst, timed.get("error_ratio") or 0)
+    return worst
 
 
-# ---- rank -----------------------------------------------------------------------------------------------------------
+ATTENTION = {  # row of the bench: its name here
+    "dense cuDNN, K V ready": "dense, cuDNN",
+    "dense flash, K V ready": "dense, flash",
+    "dense cuDNN waves + flash": "dense, split into whole waves",
+    "materialised": "MLA, materialised",
+    "absorbed": "MLA, absorbed",
+    "fused": "MLA, **fused**",
+}
+SHOWN = (16, 64, 256, 512, 1024, 1560, 2340, 4680)         # query tokens
+
+
+def attention_window(T: int, points: list[dict]) -> str:
+    shown = [point for point in points if point["L"] in SHOWN]
+    rows = []
+    for name, label in ATTENTION.items():
+        times = [ms(point, name) for point in shown]
+        rows.append([label, *("" if time is None else f"{time:.3f}" for time in times)])
+    rows.append(["fused / fastest dense", *(number(over_dense(point)) for point in shown)])
+    return markdown([f"{T:,} keys, ms; L =", *(point["L"] for point in shown)], rows)
+
+
+def attention() -> str:
+    found = results(BENCH)
+    section = found["sections"]["attention"]
+    windows = attention_points(found)
+    tables = [attention_window(T, points) for T, points in windows.items()]
+    every = sum(windows.values(), [])
+    longest = max(windows)
+    absorbing = section["crossing"][f"absorbed / materialised, T={longest}"]
+    limit = found["ceilings"]["matmul_tflops"]
+    said = [
+        "Error in bf16 against float64, on the tensors that are timed: at most "
+        f"{worst_error(every):.1f} times dense's.",
+        f"Absorbing and materialising cost the same at L = {absorbing:.0f}, measured at "
+        f"{longest:,} keys; in operations, at {section['L_star']:.0f}.",
+    ]
+    for L, predicted in found["sections"]["b200"].items():
+        said.append(f"For a B200 public figures predict {predicted['ratio']:.2f} times dense's time "
+                    f"at L = {L}; that was never measured.")
+    said.append(f"This card's limit in a large product: {limit:.0f} TFLOP/s.")
+    said.append(origin(BENCH))
+    return "\n\n".join(tables) + "\n\n" + " ".join(said)
+
+
+def model() -> str:
+    """A block and a whole model, not attention alone."""
+    sections = results(BENCH)["sections"]
+    blocks = []
+    for name, timed in sections["block"].items():
+        blocks.append([name, f"{timed['ms']:.1f}", number(timed["over_dense"])])
+    blocks = markdown(["one block, five passes a chunk", "ms", "over dense"], blocks)
+
+    rollouts = []
+    for name in NAMES:
+        timed = sections["rollout"][name]
+        rollouts.append([
+            f"{NAMES[name]}, rotates at read",
+            number(timed["frames_per_s"]),
+            f"{timed['ms']:.0f}",
+        ])
+    head = ["whole model, full window", "latent frames a second", "ms a chunk"]
+    rollouts = markdown(head, rollouts)
+
+    batch = sections["batch"]
+    videos = []
+    for how in ("all at once", "in turns of 1 video"):
+        dense = batch[f"dense, {how}"]["videos"]
+        mla = batch[f"mla, {how}"]["videos"]
+        videos.append([f"attention {how}", dense, mla, f"{mla / dense:.1f}"])
+    head = ["largest batch before out-of-memory", "dense", "MLA", "MLA / dense"]
+    videos = markdown(head, videos)
+    return "\n\n".join([blocks, rollouts, videos, origin(BENCH)])
+
+
+def memory() -> str:
+    rows = []
+    for preset, found in results(BENCH)["sections"]["memory"].items():
+        rows.append([
+            f"`{preset}`",
+            found["mla"],
+            found["dense"],
+            f"{100 * found['saved']:.1f} %",
+            f"{found['mla_bytes']:,}",
+            f"{found['dense_bytes']:,}",
+        ])
+    head = ["preset", "MLA, bytes a token and layer", "dense", "saved", "MLA, bytes a video",
+            "dense"]
+    command = "python -m experiments.bench --only memory"
+    return f"{markdown(head, rows)}\n\n{origin(BENCH, command)}"
+
+
+# ---- rank ------------------------------------------------------------------------------------
+
+def word(verdict: dict) -> str:
+    if verdict["noise"] and verdict["verdict"] == "reproduced":
+        return "true, and noise passes"
+    return verdict["verdict"]
+
+
+def deciding(verdict: dict) -> str:
+    """The intervals that decide; of more than two, the span of their means."""
+    intervals = verdict["intervals"]
+    if len(intervals) > 2:
+        middles = [triple[0] for triple in intervals.values()]
+        said = f"{min(middles):.3f} to {max(middles):.3f} in {len(middles)} runs"
+    else:
+        parts = []
+        for name, (middle, low, high) in intervals.items():
+            parts.append(f"{name} {middle:.3f} [{low:.3f}, {high:.3f}]")
+        said = ", ".join(parts)
+    for need in verdict["unmet"]:
+        said += f"; not met: {need}"
+    return said.replace("|", "/")
+
 
 def rank() -> str:
     found = results("spectrum.json")
     rows = []
     for verdict in found["verdicts"]:
-        triples = {name: [f"{value:.3f}" for value in triple] for name, triple in verdict["intervals"].items()}
-        said = ", ".join(f"{name} {a} [{low}, {high}]" for name, (a, low, high) in triples.items())
-        if len(triples) > 2:
-            middles = [triple[0] for triple in verdict["intervals"].values()]
-            said = f"{min(middles):.3f} to {max(middles):.3f} in {len(middles)} runs"
-        unmet = "".join(f"; not met: {need}" for need in verdict["unmet"])
-        control = "; ".join(["noise passes"] * bool(verdict["noise"]) + [verdict["control"]] * bool(verdict["control"]))
-        word = "true, and noise passes" if verdict["noise"] and verdict["verdict"] == "reproduced" else verdict["verdict"]
-        rows.append([verdict["claim"], f"**{word}**", (said + unmet).replace("|", "/"), control or "-"])
-    E, C = found["found"]["E"], found["found"]["C"]
-    said = f"{len(found['seeds'])} seeds, 95 % intervals, {minutes(found['seconds'])}; {origin('spectrum.json', found)}, `{found['command']}`"
-    return markdown([f"claim (here E = {E}, C = {C})", "verdict", "the number that decides", "control"], rows) + f"\n\n({said}.)"
+        control = verdict["control"] or "-"
+        if verdict["noise"]:
+            control = f"noise passes; {control}"
+        rows.append([verdict["claim"], f"**{word(verdict)}**", deciding(verdict), control])
+    E = found["found"]["E"]
+    C = found["found"]["C"]
+    head = [f"claim (here E = {E}, C = {C})", "verdict", "the number that decides", "control"]
+    said = f"{len(found['seeds'])} seeds, 95 % intervals, {minutes(found['seconds'])}."
+    return f"{markdown(head, rows)}\n\n{said} {origin('spectrum.json')}"
 
 
-def reading() -> str:
-    lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name, _, _ in READING}
-    rows = [[f"[{name}.py]({name}.py)", question, lines[name], time] for name, question, time in READING]
-    core = ("rope3d", "cache", "attention", "mla_video")
-    total = sum(lines[name] for name in core), sum(time for name, _, time in READING if name in core)
-    rows.insert(len(core), ["", "*so far: the model*", *(f"*{value}*" for value in total)])
-    return markdown(["file", "the one question it answers", "lines", "minutes"], rows)
+# ---- runs that are exact, and do not end -----------------------------------------------------
+
+def largest(differences: dict[str, float]) -> str:
+    return f"{max(differences.values()):.0e}"
 
 
-TABLES = {table.__name__: table for table in (three, training, stages, minute, reading, bench, rank)}
+def exact() -> str:
+    kills = results("kills.json")
+    endless = results("endurance.json")
+    deterministic = results("deterministic_h100.json")
+    counts = deterministic["tensors_of_STAGE.pt_and_those_equal_bit_for_bit"].values()
+    rows = [
+        ["SIGKILLs at random moments of a training run; restarts that went on exactly",
+         f"{kills['good_restarts']} of {kills['kills']}", origin("kills.json")],
+        [f"memory that frames 1,000 to {endless['frames']:,} of one stream took",
+         f"{endless['memory_growth_kib']} KiB", origin("endurance.json")],
+        ["time of its slowest tenth's chunks, over a young video's",
+         f"{max(endless['time_against_a_young_video_by_tenth']):.3f}", "the same"],
+    ]
+    for name in ("parallel.json", "parallel_h100.json"):
+        found = results(name)
+        differences = found["largest_difference_of_a_loss"]["float32"]
+        rows.append([f"losses of {found['processes']} processes ({found['backend']}) and of one, "
+                     f"{found['steps']} steps: largest difference", largest(differences), origin(name)])
+    equal = sum(same for _, same in counts)
+    tensors = sum(all_ for all_, _ in counts)
+    rows.append(["tensors of two runs with `--deterministic` that are equal bit for bit",
+                 f"{equal} of {tensors}", origin("deterministic_h100.json")])
+    return markdown(["what", "result", "from"], rows)
 
 
-def filled(text: str) -> str:
-    """The README with every block made anew; ValueError for a block that nobody makes, or a table that has no place."""
-    names = re.findall(r"<!-- table: (\w+) -->", text)
-    if sorted(names) != sorted(TABLES) or text.count("<!-- end -->") != len(names):
-        raise ValueError(f"the README must hold each of {', '.join(TABLES)} once, each with its end; it has {', '.join(names)}")
-    return re.sub(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)", lambda block: f"{block[1]}{TABLES[block[2]]()}\n", text, flags=re.DOTALL)
+# ---- the README's ----------------------------------------------------------------------------
+
+def training() -> str:
+    """The commands that train, and their minutes: what train.py measured, without its start."""
+    mla = results("train_mla_cpu.json")
+    dense = results("train_dense_cpu.json")
+    cpu = mla["device"]
+
+    def total(name: str) -> str:
+        stages = results(name)["stages"].values()
+        return minutes(sum(stage["training_seconds"] for stage in stages))
+
+    return markdown(["command", "makes", cpu, "H100"], [
+        ["`python train.py`",
+         "a model of 12 passes a chunk", minutes(mla["training_seconds"]), ""],
+        ["`python train.py --attention dense --out out/dense`",
+         "its rival (time of an earlier recipe)", minutes(dense["training_seconds"]), ""],
+        ["`python train.py --stage all --out out/all`",
+         "models of 4 passes, too", total("stages_cpu.json"), total("toy.json")],
+    ])
 
 
-def main(argv=None) -> None:
+def four() -> str:
+    """Memory, captions kept, time, videos per GPU: the number, and the command that gives
+    it."""
+    found = results(BENCH)["sections"]
+    cache = found["memory"]["wan1.3b"]
+    memory_row = [
+        "bytes a cached token and layer, at the paper's sizes in bf16",
+        f"**{cache['mla']}** ({100 * cache['saved']:.1f} % less)",
+        cache["dense"],
+        "`python -m experiments.bench --only memory`",
+    ]
+    mla = over_seeds("mla", "dmd", "match")
+    dense = over_seeds("dense", "dmd", "match")
+    caption_row = [
+        f"frames that still show their caption after a minute, `dmd`, {len(mla)} seeds",
+        bold(mla),
+        spread(dense, percent),
+        "`python -m experiments.quality`",
+    ]
+    points = attention_points(results(BENCH))
+    longest = points[max(points)]
+    chunk = longest[-1]
+    slower = min(point["L"] for point in longest if over_dense(point) > 1)
+    time_row = [
+        f"ms of attention for a chunk, {chunk['L']} queries on {chunk['T']:,} keys (fewer than "
+        f"{slower} queries: MLA is faster; fewer keys: dense is)",
+        f"{ms(chunk, 'fused'):.2f}",
+        f"**{fastest_dense(chunk):.2f}**",
+        "`python -m experiments.bench`",
+    ]
+    batch = found["batch"]
+    video_row = [
+        "videos at once in the memory of one GPU",
+        f"**{batch['mla, all at once']['videos']}**",
+        batch["dense, all at once"]["videos"],
+        "`python -m experiments.bench`",
+    ]
+    return markdown(["", "MLA", "dense", "command"], [memory_row, caption_row, time_row, video_row])
+
+
+def claims() -> str:
+    """What the paper says, and what is found here. Claims for which there is no result are left
+    out."""
+    found = results(BENCH)["sections"]
+    judged = {}
+    for verdict in results("spectrum.json")["verdicts"]:
+        judged[verdict["claim"]] = word(verdict)
+
+    def verdict_on(words: str) -> str:
+        (said,) = [said for claim, said in judged.items() if words in claim]
+        return said
+
+    def both(first: str, second: str) -> str:
+        return f"both {first}" if first == second else f"{first}; {second}"
+
+    cache = found["memory"]["wan1.3b"]
+    batch = found["batch"]
+    times = batch["mla, all at once"]["videos"] / batch["dense, all at once"]["videos"]
+    block = found["block"]
+    absorbed = block["MLA absorbed, compiled"]["ms"] / block["MLA materialised, compiled"]["ms"]
+    speed = found["rollout"]["mla"]["over_dense"]
+    return markdown(["the paper", "here"], [
+        ["92.7 % less cache a token and layer",
+         f"{100 * cache['saved']:.1f} %, of the buffers that exist"],
+        ["1.23 times the frames/s, which is over LongSANA; 1.33 over dense Self-Forcing",
+         f"{speed:.2f} times those of the same model with dense attention"],
+        ["8.0 times as many videos fit a GPU", f"{times:.1f} times"],
+        ["Appendix E: inference absorbs, and forms no keys and values",
+         f"a block takes {absorbed:.2f} times as long as with keys and values formed"],
+        ["trained attention is not low-rank; cut to C, its rank is set by C",
+         both(verdict_on("is not low-rank"), verdict_on("sets the rank"))],
+        ["its best E / 8 directions keep 46 % of the energy", verdict_on("about 46 %")],
+        ["cut to E / 8, quality stays", f"{verdict_on('long rollouts')} in long rollouts, "
+         f"{verdict_on('true past')} after a true past"],
+    ])
+
+
+# ---- both files ------------------------------------------------------------------------------
+
+FILES = {
+    "README.md": (training, four, claims),
+    "RESULTS.md": (memory, minute, stages, attention, model, rank, exact),
+}
+TABLES = {table.__name__: table for tables in FILES.values() for table in tables}
+
+
+def filled(name: str, text: str) -> str:
+    """The text of a file with every table made anew. ValueError for a table that nobody makes,
+    or that has no place."""
+    wanted = sorted(table.__name__ for table in FILES[name])
+    there = re.findall(r"<!-- table: (\w+) -->", text)
+    if sorted(there) != wanted or text.count("<!-- end -->") != len(there):
+        raise ValueError(f"{name} must hold each of {', '.join(wanted)} once, each with its end; it "
+                         f"has {', '.join(there)}")
+
+    def made(block: re.Match) -> str:
+        start, table = block.groups()
+        return f"{start}{TABLES[table]()}\n"
+
+    pattern = r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)"
+    return re.sub(pattern, made, text, flags=re.DOTALL)
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", nargs="*", help="which to print (default: all): " + ", ".join(TABLES))
-    parser.add_argument("--write", action="store_true", help="put all of them into README.md")
+    parser.add_argument("table", nargs="*",
+                        help="which to print (default: all): " + ", ".join(TABLES))
+    parser.add_argument("--write", action="store_true",
+                        help="put all of them into " + " and ".join(FILES))
     args = parser.parse_args(argv)
     if wrong := set(args.table) - set(TABLES):
         parser.error(f"no table {', '.join(sorted(wrong))}; there are {', '.join(TABLES)}")
     if args.write:
-        path = ROOT / "README.md"
-        path.write_text(filled(path.read_text()))
+        for name in FILES:
+            path = ROOT / name
+            path.write_text(filled(name, path.read_text()))
         return
     for name in args.table or TABLES:
         print(f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->\n")

@@ -1,7 +1,8 @@
 """What all tests share: one thread, fixed examples, and `code`, the modules under test.
 
-    pytest                                     40 examples per property, the same ones on every machine and every run
-    HYPOTHESIS_PROFILE=thorough pytest         1,000 examples per property
+    pytest                                40 examples per property, the same ones on every
+                                          machine and every run
+    HYPOTHESIS_PROFILE=thorough pytest    1,000 examples per property
 """
 
 import os
@@ -12,22 +13,27 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent):
+HERE = Path(__file__).resolve().parent
+for folder in (HERE, HERE.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
 # Derandomised: what passes here passes there. No deadline: a slow machine is not a wrong one.
-settings.register_profile("quick", max_examples=40, derandomize=True, deadline=None, database=None,
-                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile(
+    "quick", max_examples=40, derandomize=True, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=1000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
-torch.set_num_threads(1)                                   # these tensors are tiny: a second thread costs more than it brings
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
+settings.load_profile(PROFILE)
+
+# These tensors are tiny: a second thread costs more than it brings.
+torch.set_num_threads(1)
 
 
 def pytest_report_header(config):
-    profile = os.environ.get("HYPOTHESIS_PROFILE", "quick")
-    return f"hypothesis: profile {profile!r}, {settings().max_examples} examples per property"
+    examples = settings().max_examples
+    return f"hypothesis: profile {PROFILE!r}, {examples} examples per property"
 
 
 @pytest.fixture(scope="session")

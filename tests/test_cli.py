@@ -1,5 +1,7 @@
-"""What a user types. Good input gives a file; bad input gives one line that says what is wrong and what would be right, exit code 2,
-no traceback, and nothing already written is lost."""
+"""What a user types. Good input gives a file. Bad input gives one line that says what is wrong
+and what would be right, exit code 2, no traceback, and nothing already written is lost. A
+mistake in the program itself, such as a student makes in the model, gives a traceback.
+"""
 
 import json
 import pickle
@@ -12,17 +14,24 @@ import pytest
 import torch
 from PIL import Image
 
+import mla_video
 import sample
 import train
+from cache import RollingCache
+from engine import command_line
+from engine.checkpoint import save_model
+from engine.command_line import UserError, as_user_error, provenance
+from engine.judging import cache_line
+from engine.video_files import GifWriter, to_pixels
 from experiments import endurance
 from mla_video import PRESETS, Config, VideoDiT
-from checkpoint import save_model
-from sample import GifWriter, to_pixels
-from toy_data import WORDS
-from trainer import STAGES
+from toy_data import WORDS, decode_caption
 
 ROOT = Path(__file__).parent.parent
-TINY = replace(PRESETS["toy"], dim=32, layers=1, heads=2, latent=8, query_latent=16, rope=6, ffn=32, words=len(WORDS))
+SIZES = dict(dim=32, layers=1, heads=2, latent=8, query_latent=16, rope=6, ffn=32)
+TINY = replace(PRESETS["toy"], **SIZES, words=len(WORDS))
+SMALL = [f"--config={name}={value}" for name, value in SIZES.items()]
+ONE_STEP = [*SMALL, "--device=cpu", "--batch=2", "--steps=1", "--evaluate=0"]
 
 
 @pytest.fixture
@@ -39,12 +48,14 @@ def fails_in_one_line(capsys, main, argv: list[str], *words: str) -> None:
     errors = [line for line in capsys.readouterr().err.splitlines() if line]
     assert stop.value.code == 2, f"exit code {stop.value.code}, expected 2"
     assert "Traceback" not in "".join(errors)
-    if errors[0].startswith("usage:"):                     # argparse prints how to call it, then its one line
+    if errors[0].startswith("usage:"):     # argparse says how to call it, and then its line
         errors = errors[-1:]
     assert len(errors) == 1, f"one line is enough: {errors}"
     for word in words:
         assert word in errors[0], f"the message should say {word!r}: {errors[0]}"
 
+
+# ---- train -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
     (["--data=missing.npy"], ["missing.npy"]),
@@ -70,59 +81,79 @@ def test_train_refuses(capsys, tmp_path, flags, words):
 
 def test_train_does_not_overwrite_a_run(capsys, tmp_path):
     (tmp_path / "train.pt").write_bytes(b"precious")
-    fails_in_one_line(capsys, train.main, [f"--out={tmp_path}"], "train.pt", "not a readable checkpoint")
+    there = f"--out={tmp_path}"
+    fails_in_one_line(capsys, train.main, [there], "train.pt", "not a readable checkpoint")
     assert (tmp_path / "train.pt").read_bytes() == b"precious"
 
 
+@pytest.mark.rest
 def test_a_stage_says_what_it_may_start_from(capsys, tmp_path):
-    sizes = [f"--config={item}" for item in ("dim=32", "layers=1", "heads=2", "latent=8", "query_latent=16", "rope=6", "ffn=32")]
-    flags = [*sizes, "--device=cpu", "--batch=2", "--steps=1", "--evaluate=0"]
-    train.main([*flags, "--stage=score", f"--out={tmp_path}"])
+    score = f"{tmp_path}/score.pt"
+    there = f"--out={tmp_path}"
+    elsewhere = f"--out={tmp_path}/new"
+
+    def refused(flags: list[str], *words: str) -> None:
+        fails_in_one_line(capsys, train.main, [*ONE_STEP, *flags], *words)
+
+    train.main([*ONE_STEP, "--stage=score", there])
     capsys.readouterr()
-    score, there = f"{tmp_path}/score.pt", f"--out={tmp_path}"
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=cd", there], "needs a tf model", "tf.pt", "--stage tf", "--start")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=cd", there, f"--start={score}"], "its stage is score", "tf is needed")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--attention=dense", there], "its attention is mla", "dense is needed")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--config=latent=4", there], "its latent is 8", "4 is needed")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--data=occluder", there], "its data is shapes", "occluder is needed")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=all", "--start=x", f"--out={tmp_path}/new"], "--start", "--stage all")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=score", "--start=x", f"--out={tmp_path}/new"], "--start", "--stage score")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=tf", "--score=x", f"--out={tmp_path}/new"], "--score for dmd", "--stage tf")
-    fails_in_one_line(capsys, sample.main, [f"--checkpoint={score}"], "is a score model", "tf, cd, dmd")
-    train.main([*flags, "--stage=tf", there])
-    assert "starts from " + score in capsys.readouterr().out, "tf starts from the score model that is there, and says so"
-    train.main([*flags, "--stage=cd", there])
+    refused(["--stage=cd", there], "needs a tf model", "tf.pt", "--stage tf", "--start")
+    refused(["--stage=cd", there, f"--start={score}"], "its stage is score", "tf is needed")
+    refused(["--stage=tf", "--attention=dense", there], "its attention is mla",
+            "dense is needed")
+    refused(["--stage=tf", "--config=latent=4", there], "its latent is 8", "4 is needed")
+    refused(["--stage=tf", "--data=occluder", there], "its data is shapes",
+            "occluder is needed")
+    refused(["--stage=all", "--start=x", elsewhere], "--start", "--stage all")
+    refused(["--stage=score", "--start=x", elsewhere], "--start", "--stage score")
+    refused(["--stage=tf", "--score=x", elsewhere], "--score for dmd", "--stage tf")
+    plays_no_score = [f"--checkpoint={score}"]
+    fails_in_one_line(capsys, sample.main, plays_no_score, "is a score model", "tf, cd, dmd")
+
+    train.main([*ONE_STEP, "--stage=tf", there])
+    said = capsys.readouterr().out
+    assert "starts from " + score in said, "tf starts from the score model that is there"
+    train.main([*ONE_STEP, "--stage=cd", there])
     capsys.readouterr()
     (tmp_path / "score.pt").rename(tmp_path / "elsewhere.pt")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=dmd", there], "needs a score model", "--score")
-    train.main([*flags, "--stage=dmd", there, f"--score={tmp_path}/elsewhere.pt"])
-    assert {"tf.pt", "cd.pt", "dmd.pt", "model.pt"} <= {path.name for path in tmp_path.iterdir()}
+    refused(["--stage=dmd", there], "needs a score model", "--score")
+    train.main([*ONE_STEP, "--stage=dmd", there, f"--score={tmp_path}/elsewhere.pt"])
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {"tf.pt", "cd.pt", "dmd.pt", "model.pt"} <= made
 
 
+@pytest.mark.rest
 def test_all_stages_in_one_command_with_their_curves(tmp_path):
     """A score model cannot stream, so it has no curve; the other stages do."""
-    sizes = ("dim=32", "layers=1", "heads=2", "latent=8", "query_latent=16", "rope=6", "ffn=32", "frames=6", "window=6")
-    train.main([*(f"--config={item}" for item in sizes), "--device=cpu", "--batch=2", "--steps=2", "--evaluate=0", "--stage=all",
-                "--curve=2", f"--out={tmp_path}"])
-    curves = {stage: json.loads((tmp_path / f"report_{stage}.json").read_text())["curve"] for stage in STAGES}
-    assert {stage: [point["step"] for point in points] for stage, points in curves.items()} == \
-        {"score": [], "tf": [2], "cd": [2], "dmd": [2]}
+    flags = [*SMALL, "--config=frames=6", "--config=window=6", "--device=cpu", "--batch=2",
+             "--steps=2", "--evaluate=0", "--stage=all", "--curve=2", f"--out={tmp_path}"]
+    train.main(flags)
+    steps = {}
+    for stage in train.STAGES:
+        report = json.loads((tmp_path / f"report_{stage}.json").read_text())
+        steps[stage] = [point["step"] for point in report["curve"]]
+    assert steps == {"score": [], "tf": [2], "cd": [2], "dmd": [2]}
 
 
 def test_resume_names_what_differs(capsys, tmp_path):
-    flags = ["--device=cpu", "--batch=2", "--steps=1", "--evaluate=0", f"--out={tmp_path}"] + \
-        [f"--config={item}" for item in ("dim=32", "layers=1", "heads=2", "latent=8", "query_latent=16", "rope=6", "ffn=32")]
+    flags = [*ONE_STEP, f"--out={tmp_path}"]
+
+    def refused(more: list[str], *words: str) -> None:
+        fails_in_one_line(capsys, train.main, [*flags, *more], *words)
+
     train.main(flags)
     capsys.readouterr()
     before = (tmp_path / "train.pt").read_bytes()
-    fails_in_one_line(capsys, train.main, flags, "--resume", "--out", "stage tf, step 1")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=all"], "--resume", "--out")
-    fails_in_one_line(capsys, train.main, [*flags, "--stage=cd", "--resume"], "at stage tf", "cd")
-    fails_in_one_line(capsys, train.main, [*flags, "--resume", "--config=latent=4"], "latent", "8", "4")
-    fails_in_one_line(capsys, train.main, [*flags, "--resume", "--attention=dense"], "dense", "mla")
-    fails_in_one_line(capsys, train.main, [*flags, "--resume", "--seed=1"], "seed")
+    refused([], "--resume", "--out", "stage tf, step 1")
+    refused(["--stage=all"], "--resume", "--out")
+    refused(["--stage=cd", "--resume"], "at stage tf", "cd")
+    refused(["--resume", "--config=latent=4"], "latent", "8", "4")
+    refused(["--resume", "--attention=dense"], "dense", "mla")
+    refused(["--resume", "--seed=1"], "seed")
     assert (tmp_path / "train.pt").read_bytes() == before
 
+
+# ---- sample ----------------------------------------------------------------------------------
 
 class Hostile:
     def __reduce__(self):
@@ -153,39 +184,65 @@ def spoiled(kind: str, good: Path) -> bytes | dict:
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("missing", ["there is no checkpoint"]), ("truncated", ["not a readable checkpoint"]), ("text", ["not a readable checkpoint"]),
-    ("code", ["not a readable checkpoint"]), ("other config", ["another config", "tensors differ"]), ("impossible config", ["7 heads"]),
-    ("unknown setting", ["colour"]), ("other model", ["lacks"]), ("nan", ["NaN"]), ("no tensors", ["tensors"])])
-def test_sample_refuses_a_bad_checkpoint(capsys, tmp_path, model_file, kind, words, monkeypatch):
+    ("missing", ["there is no checkpoint"]),
+    ("truncated", ["not a readable checkpoint"]),
+    ("text", ["not a readable checkpoint"]),
+    ("code", ["not a readable checkpoint"]),
+    ("other config", ["of another config", "tensors differ"]),
+    ("impossible config", ["7 heads"]),
+    ("unknown setting", ["colour"]),
+    ("other model", ["lacks"]),
+    ("nan", ["NaN"]),
+    ("no tensors", ["tensors"]),
+])
+def test_sample_refuses_a_bad_checkpoint(
+        capsys, tmp_path, model_file, kind, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "bad.pt"
     if kind != "missing":
         content = spoiled(kind, model_file)
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    if kind == "other config":
-        words = ["of another config"]
-    fails_in_one_line(capsys, sample.main, [f"--checkpoint={path}", "--out=clip.gif"], *words)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+    flags = [f"--checkpoint={path}", "--out=clip.gif"]
+    fails_in_one_line(capsys, sample.main, flags, *words)
     assert not Path("owned").exists(), "code from a checkpoint was executed"
     assert not Path("clip.gif").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--prompt=purple disc"], ["purple", "red"]), (["--prompt=red blue disc"], ["red", "blue"]), (["--frames=-1"], ["--frames"]),
-    (["--steps=0"], ["--steps"]), (["--route=magic"], ["magic"]), (["--device=quantum"], ["quantum"]),
-    (["--route=fused", "--device=cpu"], ["fused", "materialised"]), (["--pictures"], ["--pictures", "folder", "clip.gif"])])
+    (["--prompt=purple disc"], ["purple", "red"]),
+    (["--prompt=red blue disc"], ["red", "blue"]),
+    (["--prompt=48: red disc"], ["48: red disc", "before it"]),
+    (["--frames=-1"], ["--frames"]),
+    (["--steps=0"], ["--steps"]),
+    (["--guidance=nan"], ["--guidance"]),
+    (["--evaluate=2", "--frames=11"], ["--evaluate", "at least 12 frames"]),
+    (["--route=magic"], ["magic"]),
+    (["--device=quantum"], ["quantum"]),
+    (["--route=fused", "--device=cpu"], ["fused", "materialised"]),
+    (["--pictures"], ["--pictures", "folder", "clip.gif"]),
+])
 def test_sample_refuses(capsys, tmp_path, model_file, flags, words):
-    fails_in_one_line(capsys, sample.main, [f"--checkpoint={model_file}", f"--out={tmp_path / 'clip.gif'}", *flags], *words)
+    given = [f"--checkpoint={model_file}", f"--out={tmp_path / 'clip.gif'}", *flags]
+    fails_in_one_line(capsys, sample.main, given, *words)
     assert not (tmp_path / "clip.gif").exists()
 
 
-@pytest.mark.parametrize("flags", [[], ["--guidance=2"], ["--route=reference"], ["--route=materialised"], ["--route=absorbed"]])
+@pytest.mark.parametrize("flags", [[], ["--guidance=2"], ["--route=reference"],
+                                   ["--route=materialised"], ["--route=absorbed"]])
 def test_sample_writes_the_frames_it_was_asked_for(capsys, tmp_path, model_file, flags):
     out = tmp_path / "clip.gif"
-    sample.main([f"--checkpoint={model_file}", f"--out={out}", "--frames=7", "--steps=2", "--prompt=fast red disc", "--device=cpu", *flags])
+    sample.main([f"--checkpoint={model_file}", f"--out={out}", "--frames=7", "--steps=2",
+                 "--prompt=fast red disc", "--device=cpu", *flags])
     with Image.open(out) as gif:
-        assert gif.n_frames == 7 and gif.size == (128, 128)
+        assert gif.n_frames == 7
+        assert gif.size == (128, 128)
     said = capsys.readouterr().out
-    assert "fast red disc" in said and "frames/s" in said and "% less" in said
+    assert "fast red disc" in said
+    assert "frames/s" in said
+    assert "% less" in said
 
 
 def test_evaluate_prints_the_survival(capsys, model_file):
@@ -193,76 +250,252 @@ def test_evaluate_prints_the_survival(capsys, model_file):
     assert "2 rollouts of 12 frames" in capsys.readouterr().out
 
 
+def captions_heard(monkeypatch, model_file: Path, prompts: list[str], frames: int) -> list:
+    """The captions, video by video, that the model is given for each chunk."""
+    heard = []
+
+    def listen(stream, frames, draws, **how):
+        chunk = torch.zeros(len(stream.caption), TINY.chunk, 3, TINY.height, TINY.width)
+        for _ in range(0, frames, TINY.chunk):
+            heard.append([decode_caption(caption) for caption in stream.caption])
+            yield chunk
+
+    monkeypatch.setattr(sample, "rollout", listen)
+    flags = [f"--prompt={prompt}" for prompt in prompts]
+    sample.main([f"--checkpoint={model_file}", f"--out={model_file.parent}/clip.gif",
+                 f"--frames={frames}", "--device=cpu", *flags])
+    return heard
+
+
+def test_a_caption_changes_with_the_chunk_that_begins_at_its_frame_or_after(
+        capsys, monkeypatch, model_file):
+    """Frame 4 lies within the chunk of frames 3 to 5, so the new caption begins with frame 6. A
+    later change of one video keeps what another was told before."""
+    prompts = ["red disc", "4: blue square", "slow triangle", "9: fast triangle", "6: disc"]
+    heard = captions_heard(monkeypatch, model_file, prompts, 15)
+    assert heard == [["red disc", "slow triangle"],        # frames 0 to 2
+                     ["red disc", "slow triangle"],        # 3 to 5
+                     ["blue square", "disc"],              # 6 to 8: "4:" and "6:"
+                     ["blue square", "fast triangle"],     # 9 to 11
+                     ["blue square", "fast triangle"]]     # 12 to 14
+    said = capsys.readouterr().out
+    for line in ("captions     red disc, slow triangle",
+                 "captions     from 4: blue square, slow triangle",
+                 "captions     from 6: blue square, disc",
+                 "captions     from 9: blue square, fast triangle"):
+        assert line in said.splitlines()
+
+
+def test_a_caption_may_change_at_once(monkeypatch, model_file):
+    heard = captions_heard(monkeypatch, model_file, ["red disc", "0: blue disc"], 3)
+    assert heard == [["blue disc"]]
+
+
+# ---- video files -----------------------------------------------------------------------------
+
 def test_a_gif_is_whole_after_every_append(tmp_path):
-    """What is on disk can be opened at any time, colours survive the fixed palette, and frames come back in order."""
+    """What is on disk can be opened at any time, colours survive the fixed palette, frames come
+    back in order, and each lasts a sixteenth of a second, as nearly as a GIF can say it."""
     path = tmp_path / "clip.gif"
-    gif, video = GifWriter(path), torch.full((1, 6, 3, 8, 8), -1.0)
+    gif = GifWriter(path)
+    video = torch.full((1, 6, 3, 8, 8), -1.0)
     for i in range(6):
-        video[0, i, i % 3] = 1.0                           # red, green, blue, red, ...
+        video[0, i, i % 3] = 1.0                   # red, green, blue, red, ...
     for i in range(0, 6, 3):
         gif.append(to_pixels(video[:, i:i + 3], zoom=2))
         with Image.open(path) as picture:
             assert picture.n_frames == i + 3
             for frame in range(i + 3):
                 picture.seek(frame)
-                expected = [255 if channel == frame % 3 else 0 for channel in range(3)]
-                assert list(picture.convert("RGB").getpixel((5, 5))) == expected, f"frame {frame}"
+                assert picture.info["duration"] == 60
+                expected = [0, 0, 0]
+                expected[frame % 3] = 255
+                pixel = picture.convert("RGB").getpixel((5, 5))
+                assert list(pixel) == expected, f"frame {frame}"
+
+
+INTERRUPTED = """
+import sample, sys
+plain = sample.rollout
+def rollout(*args, **how):
+    for i, chunk in enumerate(plain(*args, **how)):
+        yield chunk
+        if i == 4: raise KeyboardInterrupt
+sample.rollout = rollout
+sample.main(sys.argv[1:])
+"""
 
 
 @pytest.mark.parametrize("flags", [[], ["--pictures"]])
 def test_ctrl_c_ends_an_endless_stream_with_a_valid_video(tmp_path, model_file, flags):
     """Interrupts from inside the stream, so that the test does not depend on timing."""
-    code = ("import sample, sys\nplain = sample.rollout\ndef rollout(*args, **how):\n    for i, chunk in enumerate(plain(*args, **how)):\n"
-            "        yield chunk\n        if i == 4: raise KeyboardInterrupt\nsample.rollout = rollout\nsample.main(sys.argv[1:])")
-    done = subprocess.run([sys.executable, "-c", code, f"--checkpoint={model_file}", f"--out={tmp_path}", "--frames=0", "--steps=1",
-                           *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr[-500:]
-    if flags:
-        assert sorted(path.name for path in (tmp_path / "sample").iterdir()) == [f"{i:09d}.png" for i in range(5 * TINY.chunk)]
-        assert all(Image.open(path).convert("RGB").getbbox() for path in (tmp_path / "sample").iterdir()), "a picture is black or cut short"
+    command = [sys.executable, "-c", INTERRUPTED, f"--checkpoint={model_file}",
+               f"--out={tmp_path}", "--frames=0", "--steps=1", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr[-500:]
+    assert "Traceback" not in done.stderr, done.stderr[-500:]
+    if not flags:
+        with Image.open(tmp_path / "sample.gif") as gif:
+            assert gif.n_frames == 5 * TINY.chunk
         return
-    with Image.open(tmp_path / "sample.gif") as gif:
-        assert gif.n_frames == 5 * TINY.chunk
+    pictures = sorted((tmp_path / "sample").iterdir())
+    assert [path.name for path in pictures] == [f"{i:09d}.png" for i in range(5 * TINY.chunk)]
+    for path in pictures:
+        assert Image.open(path).convert("RGB").getbbox(), "a picture is black or cut short"
+
+
+# ---- mistakes in the program itself ----------------------------------------------------------
+
+MISTAKE = "a mistake in the model"
+PLACES = {"a layer": (mla_video.Block, "forward"),
+          "its construction": (mla_video.Block, "__init__"),
+          "its formulas": (mla_video, "modulate"),
+          "the cache": (RollingCache, "commit")}
+MISTAKES = (ValueError, RuntimeError, TypeError, AssertionError)
+
+
+def make_a_mistake(monkeypatch, place: str, kind: type[Exception]) -> None:
+    def broken(*args, **how):
+        raise kind(MISTAKE)
+
+    owner, name = PLACES[place]
+    monkeypatch.setattr(owner, name, broken)
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_mistake_in_the_model_is_not_taken_for_wrong_input(
+        tmp_path, monkeypatch, model_file, place, kind):
+    """What Python gets ends in its traceback and exit code 1: no line, and no exit code 2."""
+    make_a_mistake(monkeypatch, place, kind)
+    with pytest.raises(kind, match=MISTAKE):
+        sample.main([f"--checkpoint={model_file}", f"--out={tmp_path}", "--steps=1"])
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+@pytest.mark.parametrize("place", ["a layer", "its construction", "its formulas"])
+def test_a_mistake_in_the_model_is_not_taken_for_wrong_input_by_train(
+        tmp_path, monkeypatch, place, kind):
+    make_a_mistake(monkeypatch, place, kind)
+    with pytest.raises(kind, match=MISTAKE):
+        train.main([*ONE_STEP, f"--out={tmp_path}"])
+
+
+BROKEN = """
+import sys, mla_video, sample
+def forward(*args, **how):
+    raise ValueError("a mistake in the model")
+mla_video.Block.forward = forward
+sample.main(sys.argv[1:])
+"""
+
+
+def test_a_mistake_in_the_model_gives_a_traceback(tmp_path, model_file):
+    command = [sys.executable, "-c", BROKEN, f"--checkpoint={model_file}", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "in forward" in done.stderr, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is full"), MemoryError(),
+                                   torch.OutOfMemoryError("CUDA out of memory"),
+                                   ModuleNotFoundError("this needs av: pip install av")])
+def test_what_the_machine_lacks_is_said_in_one_line(
+        capsys, monkeypatch, tmp_path, model_file, error):
+    def fail(*args, **how):
+        raise error
+
+    monkeypatch.setattr(sample, "rollout", fail)
+    flags = [f"--checkpoint={model_file}", f"--out={tmp_path}"]
+    fails_in_one_line(capsys, sample.main, flags, str(error) or "out of memory")
+
+
+def test_only_a_value_error_about_input_becomes_a_user_error():
+    with pytest.raises(UserError, match="no such word"), as_user_error():
+        raise ValueError("no such word")
+    for kind in (TypeError, RuntimeError, FileNotFoundError):
+        with pytest.raises(kind), as_user_error():
+            raise kind
+
+
+# ---- the rest --------------------------------------------------------------------------------
+
+def test_figures_say_where_they_come_from(monkeypatch, tmp_path):
+    """The command as typed in the repository's root, from wherever it was started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMMIT", "abc123")
+    monkeypatch.setattr(command_line.sys.modules["__main__"], "__spec__", None)
+    for program, expected in ((ROOT / "tests" / "kill.py", "python tests/kill.py --x"),
+                              (ROOT / "sample.py", "python sample.py --x"),
+                              (tmp_path / "mine.py", "python mine.py --x")):
+        monkeypatch.setattr(command_line.sys, "argv", [str(program), "--x"])
+        origin = provenance(torch.device("cpu"))
+        assert origin["command"] == expected
+        assert origin["commit"] == "abc123"
+        assert f"torch {torch.__version__}" in origin["versions"]
+    assert command_line.ROOT == ROOT.resolve()
+
+
+QUIET = """
+import torch
+def state():
+    return (torch.get_default_dtype(), torch.get_float32_matmul_precision(),
+            torch.random.get_rng_state().sum())
+before = state()
+import rope3d, cache, attention, mla_video, flow, objectives, toy_data, metrics, sample, train
+assert before == state()
+"""
 
 
 def test_importing_does_nothing():
     """No output, no files, no change of torch's global state."""
-    code = ("import torch; before = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.random.get_rng_state().sum()\n"
-            "import rope3d, cache, attention, mla_video, toy_data, sample, train\n"
-            "assert before == (torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.random.get_rng_state().sum())")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr
+    command = [sys.executable, "-c", QUIET]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout and not done.stderr, done.stderr
 
 
 def test_a_long_rollout_does_not_grow(capsys, model_file):
     report = endurance.main([f"--checkpoint={model_file}", "--frames=330", "--steps=1"])
-    assert report["chunks"] == 110 and report["peak_memory_growth_kib"] < 4096, "streaming on, with the window full, cost memory"
+    assert report["chunks"] == 110
+    growth = report["peak_memory_growth_kib"]
+    assert growth < 4096, "streaming on, with the window full, cost memory"
 
 
 @pytest.mark.parametrize("changes, word", [
-    (dict(attention="linear"), "mla"), (dict(dim=130), "divide"), (dict(patch=5), "patches of 5"), (dict(sink=-1), "sink"),
-    (dict(dim=2.5), "positive integer"), (dict(window=2), "window of 2"), (dict(rope=5), "even")])
+    (dict(attention="linear"), "mla"),
+    (dict(dim=130), "divide"),
+    (dict(patch=5), "patches of 5"),
+    (dict(sink=-1), "sink"),
+    (dict(dim=2.5), "positive integer"),
+    (dict(window=2), "window of 2"),
+    (dict(rope=5), "even"),
+])
 def test_a_config_explains_itself(changes, word):
     with pytest.raises(ValueError, match=word):
         Config(**changes)
 
 
 def test_cache_bytes_of_the_paper():
-    """Read from buffers (on the meta device): 448 bytes per token and layer against 6144, 92.7 % less, 6.04 GB against 0.44 GB."""
+    """Read from buffers (on the meta device): 448 bytes per token and layer against 6144, 92.7
+    % less, 6.04 GB against 0.44 GB."""
     sizes = {}
     for attention in ("mla", "dense"):
         with torch.device("meta"):
             model = VideoDiT(replace(PRESETS["wan1.3b"], attention=attention))
+        c = model.config
         cache = model.make_cache(1, torch.bfloat16)
-        assert cache.nbytes == cache.bytes_per_token * model.config.layers * model.config.tokens * (model.config.window - model.config.chunk)
+        kept = c.layers * c.tokens * (c.window - c.chunk)
+        assert cache.nbytes == cache.bytes_per_token * kept
         sizes[attention] = cache.bytes_per_token
     assert sizes == {"mla": 448, "dense": 6144}
     assert 1 - sizes["mla"] / sizes["dense"] == pytest.approx(0.927, abs=5e-4)
     whole_window = 30 * 32_760
-    assert [round(size * whole_window / 1e9, 2) for size in sizes.values()] == [0.44, 6.04]
+    gigabytes = [round(size * whole_window / 1e9, 2) for size in sizes.values()]
+    assert gigabytes == [0.44, 6.04]
 
 
 def test_a_chunk_that_fills_the_window_keeps_nothing():
     """Found by forged configs: no past, no bytes, and no division by them."""
     model = VideoDiT(replace(PRESETS["toy"], layers=1, chunk=12))
-    assert sample.cache_line(model, 1).startswith("cache        0 bytes")
+    assert cache_line(model, 1).startswith("cache        0 bytes")

@@ -1,4 +1,5 @@
-"""Stopped in any way and gone on with: every stage, bit for bit. (Kills by the hundred: `python tests/kill.py`.)"""
+"""Stopped in any way and gone on with: every stage, bit for bit. (Kills by the hundred:
+`python tests/kill.py`.)"""
 
 import json
 import os
@@ -12,54 +13,83 @@ import pytest
 import torch
 
 import train
-import trainer
-from checkpoint import previous, read_checkpoint, read_last_good, write_atomically
+from engine.checkpoint import previous, read_checkpoint, read_last_good, write_atomically
+from engine.command_line import UserError, repeatable
 from mla_video import PRESETS, VideoDiT
 from test_robust import NoWideNumbers
 from toy_data import WORDS, make_world
-from trainer import STAGES, Trainer, recipe_for
+from train import STAGES, Trainer, recipe_for
+
+pytestmark = pytest.mark.rest             # pytest.ini says what that means
 
 ROOT = Path(__file__).parent.parent
-CONFIG = replace(PRESETS["toy"], dim=32, layers=1, heads=2, latent=8, query_latent=16, rope=6, ffn=32, words=len(WORDS), frames=6, window=6)
-FLAGS = [*(f"--config={name}={getattr(CONFIG, name)}" for name in ("dim", "layers", "heads", "latent", "query_latent", "rope", "ffn")),
-         "--batch=2", "--evaluate=0", "--device=cpu"]
+CPU = torch.device("cpu")
+SIZES = dict(dim=32, layers=1, heads=2, latent=8, query_latent=16, rope=6, ffn=32)
+CONFIG = replace(PRESETS["toy"], words=len(WORDS), frames=6, window=6, **SIZES)
+SMALL = [f"--config={name}={size}" for name, size in SIZES.items()]
+FLAGS = [*SMALL, "--batch=2", "--evaluate=0", "--device=cpu"]
 
 
 def make_trainer(stage: str, seed: int = 0) -> Trainer:
     torch.manual_seed(seed)
-    model, score = VideoDiT(CONFIG), VideoDiT(CONFIG)
-    for network in (model, score):                         # as if trained: a head of zeros hides half of the network
+    model = VideoDiT(CONFIG)
+    score = VideoDiT(CONFIG)
+    for network in (model, score):         # as if trained: a head of zeros hides half of it
         torch.nn.init.normal_(network.head.weight, std=0.05)
-    recipe = recipe_for(stage, torch.device("cpu"), steps=12, batch=2, warmup=3)
-    return Trainer(model, recipe, make_world("shapes", frames=CONFIG.frames), torch.device("cpu"), score)
+    recipe = recipe_for(stage, CPU, steps=12, batch=2, warmup=3)
+    world = make_world("shapes", frames=CONFIG.frames)
+    return Trainer(model, recipe, world, CPU, score)
 
 
 def tensors(state, path: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of a state by its path: ".learner.model.head.weight"."""
     if isinstance(state, torch.Tensor):
         return {path: state}
-    pairs = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return {name: value for key, part in pairs for name, value in tensors(part, f"{path}.{key}").items()}
+    pairs = ()
+    if isinstance(state, dict):
+        pairs = state.items()
+    elif isinstance(state, (list, tuple)):
+        pairs = enumerate(state)
+    found = {}
+    for key, part in pairs:
+        found |= tensors(part, f"{path}.{key}")
+    return found
 
+
+def saved(out: Path) -> dict[str, torch.Tensor]:
+    return tensors(read_checkpoint(out / "train.pt", set()))
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(other[name], value) for name, value in one.items())
+
+
+# ---- exact resumption ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_goes_on_bit_for_bit(stage, tmp_path):
-    """Saved and read back after steps 1, 5 and 6 (of the generator and not), into networks of other weights."""
-    whole, parts, losses = make_trainer(stage), make_trainer(stage), ([], [])
+    """Saved and read back after steps 1, 5 and 6 (of the generator and not), into networks of
+    other weights."""
+    path = tmp_path / "train.pt"
+    whole = make_trainer(stage)
+    parts = make_trainer(stage)
     for step in range(12):
         if step in (1, 5, 6):
-            write_atomically(tmp_path / "train.pt", parts.state(), keep=True)
+            write_atomically(path, parts.state(), keep=True)
             parts = make_trainer(stage, seed=1)
-            parts.restore(read_last_good(tmp_path / "train.pt", set()))
-        for run, said in zip((whole, parts), losses):
-            said.append(run.update(*run.batch(run.step)).item())
-            if run.step % 4 == 0:
-                run.read_losses()
+            parts.restore(read_last_good(path, set()))
+        losses = [run.update(*run.batch(run.step)).item() for run in (whole, parts)]
         assert losses[0] == losses[1], f"the losses part at step {step}"
+        if whole.step % 4 == 0:
+            whole.read_losses()
+            parts.read_losses()
     assert whole.losses == parts.losses, "the curve of the losses is not the unbroken run's"
-    mine, theirs = tensors(whole.state()), tensors(parts.state())
+    mine = tensors(whole.state())
+    theirs = tensors(parts.state())
     assert mine.keys() == theirs.keys() and len(mine) > 40
     for name in mine:
-        assert torch.equal(mine[name], theirs[name]), f"{name} differs after a resume: some state was not restored"
+        assert torch.equal(mine[name], theirs[name]), \
+            f"{name} differs after a resume: some state was not restored"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -72,89 +102,145 @@ def test_no_float64_and_no_complex_in_a_training_step(stage):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkeypatch, capsys, number, code):
-    """Half a step must not be saved: weights moved, average not. The run that goes on ends where an unbroken one does."""
-    plain = trainer.Trainer._averaged
+def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkeypatch, capsys,
+                                                            number, code):
+    """Half a step must not be saved: weights moved, average not. The run that goes on ends where
+    an unbroken one does."""
+    plain = Trainer.average
 
-    def signalled(self, loss, fresh):                      # after the optimisers, before the average
+    def signalled(self, fresh):                            # after the optimisers
         if self.step == 4:
             os.kill(os.getpid(), number)
-        return plain(self, loss, fresh)
+        return plain(self, fresh)
 
+    parts = tmp_path / "parts"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(trainer.Trainer, "_averaged", signalled)
-        train.main([*FLAGS, "--steps=8", f"--out={tmp_path / 'parts'}"])
+        patch.setattr(Trainer, "average", signalled)
+        train.main([*FLAGS, "--steps=8", f"--out={parts}"])
     assert stop.value.code == code and "Traceback" not in capsys.readouterr().err
-    assert read_checkpoint(tmp_path / "parts" / "train.pt", {"step"})["step"] == 5 and (tmp_path / "parts" / "model.pt").exists()
-    train.main([*FLAGS, "--steps=8", f"--out={tmp_path / 'parts'}", "--resume"])
+    assert read_checkpoint(parts / "train.pt", {"step"})["step"] == 5
+    assert (parts / "model.pt").exists()
+    train.main([*FLAGS, "--steps=8", f"--out={parts}", "--resume"])
     train.main([*FLAGS, "--steps=8", f"--out={tmp_path / 'whole'}"])
-    parts, whole = (tensors(read_checkpoint(tmp_path / name / "train.pt", set())) for name in ("parts", "whole"))
-    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    assert same(saved(tmp_path / "whole"), saved(parts))
 
 
-def test_deterministic_gives_the_same_bits_and_is_over_afterwards(tmp_path, monkeypatch, capsys):
-    """On two threads, whose sums are those of no single one. That the flag reaches torch is looked up in the midst of a step."""
-    plain, threads, found = trainer.Trainer.update, torch.get_num_threads(), []
+# ---- the same bits every time ----------------------------------------------------------------
+
+def test_deterministic_gives_the_same_bits_and_is_over_afterwards(tmp_path, monkeypatch):
+    """On two threads, whose sums are those of no single one. That the flag reaches torch is
+    looked up in the midst of a step."""
+    plain = Trainer.update
+    threads = torch.get_num_threads()
+    found = []
 
     def update(self, *batch):
         found.append(torch.are_deterministic_algorithms_enabled())
         return plain(self, *batch)
 
-    monkeypatch.setattr(trainer.Trainer, "update", update)
+    monkeypatch.setattr(Trainer, "update", update)
+    runs = {"a": ["--deterministic"], "b": ["--deterministic"],
+            "c": ["--deterministic", "--seed=1"], "d": []}
     torch.set_num_threads(2)
     try:
-        for run, flags in (("a", ["--deterministic"]), ("b", ["--deterministic"]), ("c", ["--deterministic", "--seed=1"]), ("d", [])):
+        for run, flags in runs.items():
             train.main([*FLAGS, "--steps=4", f"--out={tmp_path / run}", *flags])
     finally:
         torch.set_num_threads(threads)
-    assert found == [True] * 12 + [False] * 4, "torch is told before the first step, and left as it was after the last"
-    a, b, c = (tensors(read_checkpoint(tmp_path / run / "train.pt", set())) for run in "abc")
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), "the same flags gave other bits"
-    assert not all(torch.equal(a[name], c[name]) for name in a), "another seed gave the same bits: this comparison could not fail"
-    assert json.loads((tmp_path / "a" / "report_tf.json").read_text())["deterministic"] is True
+    assert found == [True] * 12 + [False] * 4, \
+        "torch is told before the first step, and left as it was after the last"
+    a = saved(tmp_path / "a")
+    b = saved(tmp_path / "b")
+    c = saved(tmp_path / "c")
+    assert a.keys() == b.keys() and same(a, b), "the same flags gave other bits"
+    assert not same(a, c), "another seed gave the same bits: this comparison could not fail"
+    report = json.loads((tmp_path / "a" / "report_tf.json").read_text())
+    assert report["deterministic"] is True
 
 
 def test_deterministic_names_the_operation_that_cannot_be(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer.Trainer, "update", lambda *_: torch.zeros(3).put_(torch.tensor([0]), torch.ones(1)))
+    def update(*_):
+        return torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+    monkeypatch.setattr(Trainer, "update", update)
     with pytest.raises(SystemExit) as stop:
         train.main([*FLAGS, "--steps=4", f"--out={tmp_path}", "--deterministic"])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert stop.value.code == 2 and len(said) == 1 and "put_" in said[0] and "--deterministic" in said[0], said
-    assert not torch.are_deterministic_algorithms_enabled() and (tmp_path / "train.pt").exists()
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if line.startswith("error")]
+    assert stop.value.code == 2 and len(said) == 1, said
+    assert "put_" in said[0] and "--deterministic" in said[0], said
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (tmp_path / "train.pt").exists()
 
 
 def test_deterministic_looks_after_cublas(monkeypatch):
-    """Its scratch memory is chosen by the environment; what the user chose is refused and not overwritten. (No GPU is touched.)"""
+    """Its scratch memory is chosen by the environment; what the user chose is refused and not
+    overwritten. (No GPU is touched.)"""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    with train.repeatable(True, torch.device("cuda")):
+    with repeatable(True, torch.device("cuda")):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     for device, word in (("cuda", ":4096:8 or :16:8"), ("mps", "MPS")):
-        with pytest.raises(ValueError, match=word), train.repeatable(True, torch.device(device)):
+        with pytest.raises(UserError, match=word), repeatable(True, torch.device(device)):
             pytest.fail("the run began")
-    with train.repeatable(False, torch.device("cuda")):
+    with repeatable(False, torch.device("cuda")):
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_torch_is_left_as_it_was(tmp_path, monkeypatch):
+    """A run takes fast products and hides a warning, and both end with it, also if it fails."""
+    import warnings
+    before = torch.get_float32_matmul_precision(), list(warnings.filters)
+    found = []
+
+    def update(self, *batch):
+        found.append(torch.get_float32_matmul_precision())
+        raise UserError("enough")
+
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(SystemExit):
+        train.main([*FLAGS, "--steps=4", f"--out={tmp_path}"])
+    assert found == ["medium"]
+    assert before == (torch.get_float32_matmul_precision(), list(warnings.filters))
+
+
+# ---- mistakes, disks and kills -----------------------------------------------------------------
+
+def test_a_mistake_in_a_model_gives_a_traceback(tmp_path, monkeypatch):
+    """A ValueError of whoever is changing the model is not taken for one of the input."""
+    def forward(*_, **__):
+        raise ValueError("too many values to unpack (expected 2)")
+
+    monkeypatch.setattr(VideoDiT, "forward", forward)
+    with pytest.raises(ValueError, match="too many values"):
+        train.main([*FLAGS, "--steps=4", f"--out={tmp_path}"])
 
 
 def test_a_disk_that_takes_nothing_is_known_before_training(tmp_path, monkeypatch, capsys):
     def full(*arguments):
         raise OSError("No space left on device")
 
+    def update(*_):
+        pytest.fail("trained before it knew that nothing can be written")
+
     monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr(trainer.Trainer, "update", lambda *_: pytest.fail("trained before it knew that nothing can be written"))
+    monkeypatch.setattr(Trainer, "update", update)
     with pytest.raises(SystemExit) as stop:
         train.main([*FLAGS, "--steps=8", f"--out={tmp_path}"])
     assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
 
 
 def test_a_damaged_newest_save_costs_its_interval_and_not_the_run(tmp_path, capsys):
-    train.main([*FLAGS, "--steps=6", "--save-every=3", f"--out={tmp_path}"])
-    whole = tensors(read_checkpoint(tmp_path / "train.pt", set()))
-    (tmp_path / "train.pt").write_bytes((tmp_path / "train.pt").read_bytes()[:-1000])
-    assert read_checkpoint(previous(tmp_path / "train.pt"), {"step"})["step"] == 3
-    train.main([*FLAGS, "--steps=6", "--save-every=3", f"--out={tmp_path}", "--resume"])
-    assert "train.prev.pt" in capsys.readouterr().err, "three steps are done again: that must be said"
-    assert all(torch.equal(value, whole[name]) for name, value in tensors(read_checkpoint(tmp_path / "train.pt", set())).items())
+    path = tmp_path / "train.pt"
+    flags = [*FLAGS, "--steps=6", "--save-every=3", f"--out={tmp_path}"]
+    train.main(flags)
+    whole = saved(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert read_checkpoint(previous(path), {"step"})["step"] == 3
+    train.main([*flags, "--resume"])
+    assert "train.prev.pt" in capsys.readouterr().err, \
+        "three steps are done again: that must be said"
+    assert same(saved(tmp_path), whole)
 
 
 def test_three_kills_and_as_many_good_restarts():

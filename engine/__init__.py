@@ -1,0 +1,1 @@
+"""What makes the model fast, parallel and safe. It teaches nothing about VideoMLA."""

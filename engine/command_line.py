@@ -1,0 +1,207 @@
+"""What the command lines share: errors, signals, the device, and where figures come from.
+
+Two kinds of mistake are kept apart. What a user can mend (a flag, a file, a full disk) is said
+in one line, exit code 2: it is a `UserError`, or one of `MENDABLE`. A mistake in the program
+itself, e.g. in a model that somebody is changing, is any other exception, and ends in a
+traceback, exit code 1. So a ValueError is turned into a `UserError` where input is read
+(`as_user_error`), and never where the model runs. tests/test_cli.py holds both sides of this.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent              # the repository
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+class UserError(ValueError):
+    """Something that whoever typed the command can mend. Its text is the one line to say."""
+
+
+# Besides wrong input: no such file, a full disk, an optional package, too little memory.
+MENDABLE = (UserError, OSError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError)
+
+
+@contextlib.contextmanager
+def as_user_error() -> Iterator[None]:
+    """Within it input is read, so a ValueError is about that input: it becomes a
+    `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_bounds(args: argparse.Namespace, **bounds: tuple[float, float]) -> None:
+    """UserError unless every flag that was given lies within its (lowest, highest) value."""
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if value is None or low <= value <= high:
+            continue
+        flag = "--" + name.replace("_", "-")
+        raise UserError(f"{flag} must be at least {low} and at most {high}, got {value}")
+
+
+# ---- running ---------------------------------------------------------------------------------
+
+def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """action(args) as a command line.
+
+    What is `MENDABLE` is said in one line, exit code 2. Ctrl-C is no error, and SIGTERM is a
+    Ctrl-C; after both the exit code is 128 + the signal's number, as shells count. Anything
+    else is a mistake in the program, and keeps its traceback.
+    """
+    def terminate(number, frame):
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        action(args)
+    except MENDABLE as error:
+        words = str(error).split() or ["out", "of", "memory"]      # a MemoryError says nothing
+        print("error:", *words, file=sys.stderr)           # in one line, whatever it quotes
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print("\nstopped", file=sys.stderr)
+        number = stop.args[0] if stop.args else signal.SIGINT
+        sys.exit(128 + number)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def between_steps() -> Iterator[list[int]]:
+    """Within it Ctrl-C and SIGTERM wait until a training step is whole: weights saved at once
+    would be half-way between two steps. Yields the list of signals so far. A second one does
+    not wait."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt(number)
+        asked.append(number)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- the device ------------------------------------------------------------------------------
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; UserError if there is none."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"no device {name!r} here: {why}") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"{name!r} is no device that this program runs on; "
+                        "give cpu, cuda, cuda:N or mps")
+    if device.type == "cpu":
+        return torch.device("cpu")                         # "cpu:1" is the same one
+    return device
+
+
+@contextlib.contextmanager
+def repeatable(asked: bool, device: torch.device) -> Iterator[None]:
+    """Within it, if asked, torch takes only algorithms that give the same bits every time;
+    UserError where an operation has none.
+
+    Data and noise depend on (seed, step) alone. What is left is the order in which threads add.
+    On a GPU that matters in index_add and its kind, and in attention's backward pass, where
+    torch now takes flash or memory-efficient attention in their ordered form, never cuDNN's. On
+    a CPU the order is that of the threads, so their number must be the same.
+    """
+    if not asked:
+        yield
+        return
+    if device.type == "mps":
+        raise UserError("--deterministic is for cpu and cuda: "
+                        "Apple's MPS makes no such promise")
+    if device.type == "cuda":
+        _order_cublas()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "determinis" not in str(error).lower():
+            raise
+        operation = str(error).split(". ")[0]              # the first sentence names it
+        raise UserError(f"--deterministic cannot be kept on this {device.type}: "
+                        f"{operation}") from error
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _order_cublas() -> None:
+    """cuBLAS adds in an order that depends on its scratch memory. It reads the size of that
+    from the environment when it starts, which is at the first product: after this call."""
+    ordered = (":4096:8", ":16:8")
+    size = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ordered[0])
+    if size not in ordered:
+        raise UserError("--deterministic needs the environment's CUBLAS_WORKSPACE_CONFIG to be "
+                        f"{' or '.join(ordered)}, or not set; it is {size!r}")
+
+
+# ---- where figures come from -----------------------------------------------------------------
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Command, commit, device and versions: they go into every file of results/."""
+    python = sys.version.split()[0]
+    return {"command": _command(),
+            "commit": _commit() or "not in a git checkout",
+            "device": _device_name(device),
+            "versions": f"torch {torch.__version__}, numpy {np.__version__}, Python {python}"}
+
+
+def _command() -> str:
+    """The command line as one would type it in the root of the repository."""
+    spec = sys.modules["__main__"].__spec__                # set by `python -m`
+    if spec:
+        return " ".join(["python", "-m", spec.name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).resolve()
+    if program.is_relative_to(ROOT):
+        program = program.relative_to(ROOT)
+    else:
+        program = program.name
+    return " ".join(["python", str(program), *sys.argv[1:]])
+
+
+def _commit() -> str:
+    """The commit that runs, "-dirty" if files differ from it; "" where there is no git."""
+    commit = os.environ.get("COMMIT", "")          # first: a copy may lie in another's checkout
+    if commit or not shutil.which("git"):
+        return commit
+    question = ["git", "describe", "--always", "--dirty"]
+    answer = subprocess.run(question, cwd=ROOT, capture_output=True, text=True)
+    return answer.stdout.strip()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{os.cpu_count()} CPU cores"
+    return torch.cuda.get_device_name(device).replace("NVIDIA ", "").replace(" HBM3", "")

@@ -1,0 +1,69 @@
+"""What a model is judged by: rollouts with captions of clips that it has not seen, and the
+bytes that its cache takes.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flow import Draws, GuidedStream, Stream, rollout
+from metrics import survival_report
+from mla_video import VideoDiT
+from toy_data import make_world
+
+PROMPTS = ("slow red disc", "slow blue square", "fast green triangle", "fast yellow disc")
+
+
+def unseen_captions(number: int, seed: int) -> Tensor:
+    """Captions [number, S] of shapes clips that no run with a seed below 10,000 trains on."""
+    _, captions = make_world("shapes", seed=10_000 + seed).batch(range(number))
+    return captions
+
+
+# A function of model and captions [B, S] that begins their videos: Stream itself, or e.g. one
+# that adds guidance.
+StreamOf = Callable[[VideoDiT, Tensor], Stream | GuidedStream]
+
+
+def evaluate(model: VideoDiT, captions: Tensor, frames: int, seed: int, *,
+             stream_of: StreamOf = Stream, **how) -> dict[str, float]:
+    """`metrics.survival_report` of the end of one rollout per caption.
+
+    `how` goes to `rollout`: sampler and steps.
+    """
+    stream = stream_of(model, captions)
+    draws = Draws(torch.Generator().manual_seed(seed))
+    chunks = [chunk.float().cpu() for chunk in rollout(stream, frames, draws, **how)]
+    video = torch.cat(chunks, dim=1)                       # [B, F, 3, h, w]
+    return survival_report(video, captions)
+
+
+def report_survival(model: VideoDiT, rollouts: int, frames: int, seed: int, *,
+                    stream_of: StreamOf = Stream, **how) -> dict[str, float]:
+    """Print and return what `evaluate` finds for the captions of `rollouts` unseen clips."""
+    captions = unseen_captions(rollouts, seed)
+    report = evaluate(model, captions, frames, seed, stream_of=stream_of, **how)
+    clips = frames / model.config.frames
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in report.items())
+    print(f"{rollouts} rollouts of {frames} frames ({clips:.0f}x the training clip), "
+          f"last 12 frames: {shares}")
+    return report
+
+
+def cache_line(model: VideoDiT, batch: int) -> str:
+    """Bytes of this model's cache, and of its dense twin's if it is not dense itself, both read
+    from allocated buffers."""
+    cache = model.make_cache(batch)
+    if not cache.nbytes:
+        return "cache        0 bytes: a chunk fills the window, nothing of the past is kept"
+    videos = "video" if batch == 1 else "videos"
+    line = f"cache        {cache.nbytes:,} bytes for {batch} {videos}, however long"
+    if model.config.attention == "dense":
+        return line
+    with torch.device("meta"):
+        twin = VideoDiT(replace(model.config, attention="dense"))
+        dense = twin.make_cache(batch, cache.buffers[0].dtype)
+    less = 100 * (1 - cache.nbytes / dense.nbytes)
+    return f"{line}; dense attention keeps {dense.nbytes:,} ({less:.1f} % less)"
