@@ -5,20 +5,20 @@ Dense attention remembers a key and a value per head for every past token: 2 * H
 MLA remembers one short *content latent* and one short *positional key*, both shared by all
 heads: C + R numbers. At the paper's sizes that is 224 instead of 3072.
 
-Letters. A letter never changes its meaning; in brackets the paper's sizes:
+Letters. In this file a letter has one meaning; in brackets the paper's sizes:
     B batch    L query tokens    T key tokens    E model width (1536)    H heads (12)
     N content channels per head (96)       R channels of the shared positional key (32)
-    V value channels per head (128)        d_h = N + R = V, the width of a head
+    V value channels per head (128)        d_h = N + R = V, a head's width (but see E2)
     C content latent width (192)           Q query latent width (768)
 
 Derivation. x is a token, [E]; ^h marks what every head h has for itself; l counts queries, t
-counts keys, p_l and p_t are their positions:
+counts keys; rot(l) rotates a vector to the position of token l, by RoPE:
     c_kv   = RMSNorm(W_DKV x)           [C]    cached: content, without position           (1)
     k_rope = W_KR x                     [R]    cached: carries position, not yet rotated   (2)
-    q      = RMSNorm(W_DQ x)            [Q]    not cached: it only saves weights           (3)
+    q      = RMSNorm(W_DQ x)            [Q]    not cached; narrow, as in DeepSeek          (3)
     q_nope = W_UQ^h q   [N]             q_rope = W_QR^h q  [R]                             (4)
     k_nope = W_UK^h c_kv  [N]           v      = W_UV^h c_kv  [V]                          (5)
-    s(l, t) = (q_nope . k_nope + rot(q_rope, p_l) . rot(k_rope, p_t)) / sqrt(N + R)        (6)
+    s(l, t) = (q_nope . k_nope + rot(l) q_rope . rot(t) k_rope) / sqrt(N + R)              (6)
     p(l, t) = softmax over t of s(l, t)                                                    (7)
     o(l)    = sum_t p(l, t) v(t)        y = W_O [o of head 1, ..., o of head H]            (8)
 
@@ -27,13 +27,14 @@ and so is the output:
     q_nope . (W_UK c)      =  (W_UK^T q_nope) . c       so the *query* can be lifted       (9)
     sum_t p(t) (W_UV c(t)) =  W_UV (sum_t p(t) c(t))    so the *mean* can be of latents   (10)
 Then no key or value of any head is ever made. All heads look at the same key, the row
-[c_kv | rot(k_rope)] of C + R channels, whose value is its own slice c_kv. One key for all
+[c_kv | rot(t) k_rope] of C + R channels, whose value is its own slice c_kv. One key for all
 heads is called multi-query attention.
 
 Why position has a key of its own. RoPE multiplies query and key by rotations. Rotating the
-content score would put a matrix R(p_t - p_l) between W_UK^T and q_nope in (9): it differs for
-every pair of tokens, so the bracket could not be computed once per query. For the same reason
-nothing may be normalised *after* the up-projection (5): a norm is not linear.
+content score would put the matrix rot(l - t), a turn by the difference of the two positions,
+between W_UK^T and q_nope in (9). It differs for every pair of tokens, so the bracket could not
+be computed once per query. There is another rule of this kind: a norm *after* the up-projection
+(5) is not linear, and (9) would not hold unless its divisor were cached, too.
 
 What each order of brackets costs per layer, in multiply-adds times two:
     materialised:  2 L T H (N + R + V)  +  2 T H C (N + V)      up-projects every *key*   (11)
@@ -41,13 +42,14 @@ What each order of brackets costs per layer, in multiply-adds times two:
 For T much larger than L they are equal at
     L* = C (N + V) / (2 C - N - V),  269 tokens at the paper's sizes                      (13)
 With fewer query tokens absorbing is cheaper. A language model decodes one token at a time, so
-"absorb when decoding" became folklore. A *chunk* of video has 4680 tokens: there absorbing
-costs 1.57 times the operations, and what it buys is the memory of K and V. (The paper's
-appendix D.4 materialises; its Appendix E absorbs.) And where 2 C <= N + V (our toy model: C =
-16, N + V = 56) there is no crossing: absorbing needs fewer operations at every L.
+"absorb when decoding" became folklore. A *chunk* of video has 4680 tokens (3 frames of 30 x 52)
+and looks at 32,760 (21 frames): there absorbing costs 1.57 times the operations, and what it
+buys is the memory of K and V. (The paper's appendix D.4 materialises; its Appendix E absorbs.)
+And where 2 C <= N + V (our toy model: C = 16, N + V = 56) there is no crossing: absorbing never
+needs more operations, for L <= T.
 
-Do not multiply W_UK^T W_UQ into one matrix, as Appendix E does: it has H C Q numbers instead
-of H N (C + Q), so it is larger and slower (exercise 3).
+Do not multiply W_UK^T W_UQ into one matrix, as Appendix E does: it has H C Q numbers instead of
+H N (C + Q). At the paper's sizes that is more, and slower (exercise 3).
 
 tests/test_routes.py: all routes agree, outputs and gradients; (11) to (13) equal torch's count.
 """
@@ -70,9 +72,13 @@ from rope3d import Rope3D, Table, axis_pairs, rotate
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T * scale) v: q [B, H, L, d], k [B, H, T, d], v [B, H, T, V] -> [B, H, L, V].
 
-    `mask` is bool [L, T], True where a query may look at a key; None: everywhere. It is torch's
-    kernel, but for two cases in which a CPU is several times faster without it.
+    `mask` is bool [L, T], True where a query may look at a key, and every query may look at one
+    at least; None: everywhere. It is torch's kernel, but for two cases in which a CPU is faster
+    without it. Raises ValueError for another kind of mask.
     """
+    if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool):
+        raise ValueError("a mask is bool [L, T], one for all videos and heads; "
+                         f"got {mask.dtype} {list(mask.shape)}")
     if q.device.type == "cpu":
         queries, keys = q.shape[2], k.shape[2]
         if mask is None and queries * keys <= 2**16:       # few scores: two plain products
@@ -114,7 +120,8 @@ def stretches(pattern: Tensor) -> list[slice]:
 #     q_nope [B, L, H, N]    q_rope [B, L, H, R]    c_kv [B, T, C]    k_rope [B, T, R]
 #     W_UK [H, N, C]         W_UV [H, V, C]
 # both rope parts unrotated, the tables of query and key positions (Rope3D.table),
-# the scale of (6) and a mask as in `sdpa`.
+# the scale of (6) and a mask as in `sdpa`. On a GPU pass `attend_auto` of engine/routes.py: it
+# also knows the kernel of fused.py.
 
 Route = Callable[..., Tensor]
 
@@ -203,8 +210,9 @@ def crossing(N: int, V: int, C: int) -> float:
 
 # ---- the two layers ------------------------------------------------------------------------
 # Both have two methods. `rows(x)` is what tokens leave in the cache, of the `widths` that the
-# layer states; `forward(x, rows, ...)` lets the tokens x attend to the rows that it is given,
-# those of x among them. Who may see whom is decided outside.
+# layer states. `forward(x, rows, ...)` lets the tokens x attend to the rows that it is given
+# and to nothing else: in self-attention the caller has put x's own rows among them (cache.peek
+# does).
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -221,8 +229,8 @@ class Dense(nn.Module):
     """Standard multi-head attention, the baseline. Rows: keys and values, [B, T, H * d_h] each.
 
     Keys are cached unrotated and whole heads rotate at read; `rope` None means no position at
-    all. `norm` is Wan's RMSNorm of queries and keys, over all heads together.
-    Raises ValueError for a rope that is narrower than a head.
+    all. `norm` is Wan's RMSNorm of queries and keys, over all heads together. Raises ValueError
+    for a rope that is narrower than a head.
     """
 
     def __init__(self, E: int, H: int, rope: Rope3D | None, norm: bool = True):
@@ -265,8 +273,8 @@ class MLA(nn.Module):
     positional key [B, T, R].
 
     `norm` puts an RMSNorm on both latents, as DeepSeek and the paper do. Without it the layer
-    can equal a dense one exactly (`from_dense`). The two pure cases of that equivalence have
-    N = 0 (position only) or `rope` None (content only). `scale` is 1 / sqrt(N + R) by default.
+    can equal a dense one exactly (`from_dense`). The two pure cases of that equivalence have N
+    = 0 (position only) or `rope` None (content only). `scale` is 1 / sqrt(N + R) by default.
     """
 
     def __init__(self, E: int, H: int, C: int, Q: int, N: int, V: int, rope: Rope3D | None,
@@ -312,8 +320,7 @@ class MLA(nn.Module):
     @torch.no_grad()
     def from_dense(cls, dense: Dense, C: int, Q: int | None = None, R: int | None = None,
                    init: str = "spectral") -> "MLA":
-        """The MLA layer nearest to `dense` (built with norm=False), in its dtype, on its
-        device.
+        """An MLA layer made from `dense` (built with norm=False), in its dtype, on its device.
 
         Which channels of a head keep their rotation depends on R:
           dense.rope None   None; R = 0. Equal to the dense layer once
@@ -324,12 +331,15 @@ class MLA(nn.Module):
           R < d_h           The R fastest of each head; the others carry content and no
                             longer turn. The heads' keys are averaged: the one shared key
                             nearest to all of them. Exact if the heads agree on their rope
-                            keys, the slow pairs stand still and C >= rank. Here the
-                            approximation starts.
+                            keys, the other pairs do not turn (all positions 0, say), and
+                            C >= rank [K; W_V]. Here the approximation starts.
         Everything else is two cuts by singular value decomposition: `split_content` for keys
         and values, `low_rank` for queries (Q is E by default: exact). The softmax scale is the
         dense layer's. The paper says "SVD-style" and no more. init="random" draws fresh weights
         of the same sizes instead, as the paper's control does.
+
+        `scale` and `rope` are not among the weights of a state_dict: whoever stores the layer
+        must store them, too. Wan's layers have biases and norms, and cannot be converted so.
 
         Raises ValueError for a normed layer, an unknown init, or C, Q, R out of range.
         tests/test_full_rank.py.
@@ -394,8 +404,10 @@ def turning_channels(rope: Rope3D | None, R: int | None, H: int,
 
     The three cases of `MLA.from_dense`; ValueError for an R that is none of them.
     """
-    if rope is None:
+    if rope is None and R in (None, 0):
         return [], None
+    if rope is None:
+        raise ValueError(f"a dense layer without position has nothing to rotate, got R = {R}")
     if R == H * d:
         return list(range(d)), replace(rope, copies=H)
     if R is not None and R < d:
@@ -406,8 +418,7 @@ def turning_channels(rope: Rope3D | None, R: int | None, H: int,
 
 def fastest_channels(R: int, d: int) -> list[int]:
     """The R channels of a head of d that turn fastest, in the order in which Rope3D(R, d) has
-    them: the first pairs of each axis.
-    """
+    them: the first pairs of each axis."""
     chosen = []
     start = 0
     for pairs, pairs_of_full_head in zip(axis_pairs(R), axis_pairs(d)):
@@ -419,23 +430,24 @@ def fastest_channels(R: int, d: int) -> list[int]:
 def low_rank(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(up, down) with up @ down as near to W as a product of that rank can be (Eckart-Young).
 
-    W = U S Z by singular values: up = (U S)[:, :rank], down = Z[:rank]. What is left over is
-    the tail of S.
+    By singular values: W = U diag(values) Z, up = (U diag(values))[:, :rank], down = Z[:rank].
+    What is left over is the tail of the values. In float32 at least.
     """
-    U, S, Z = torch.linalg.svd(W, full_matrices=False)
-    return U[:, :rank] * S[:rank], Z[:rank]
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    U, values, Z = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :rank] * values[:rank], Z[:rank]
 
 
-def split_content(K: Tensor, V: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(W_DKV, W_UK, W_UV) of width C from the content part K [H * N, E] of W_K and V = W_V.
+def split_content(K: Tensor, W_V: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(W_DKV, W_UK, W_UV) of width C from W_V and K [H * N, E], the content channels of W_K.
 
-    One cut of [K; V] together: among all latents of width C the one with the least squared
-    error of keys and values. Both are divided by their Frobenius norm before and multiplied
-    back after, so that they count alike, whatever scales a layer has learned.
+    One cut of [K; W_V] together: of all products of width C the nearest to these weights. Both
+    are divided by their Frobenius norm before and multiplied back after, so that they count
+    alike, whatever scales a layer has learned.
     """
     k_size = frobenius(K)
-    v_size = frobenius(V)
-    up, W_DKV = low_rank(torch.cat((K / k_size, V / v_size)), C)
+    v_size = frobenius(W_V)
+    up, W_DKV = low_rank(torch.cat((K / k_size, W_V / v_size)), C)
     keys = K.shape[0]
     return W_DKV, up[:keys] * k_size, up[keys:] * v_size
 

@@ -3,41 +3,48 @@ that never grow.
 
 A video is made in chunks of a few frames. While a chunk is made it looks back at a *window* of
 frames: the latest ones, and perhaps a few *sink* frames from the very beginning, which stay for
-good. Example: sink 1, chunk 3, window 6 (the window counts the sink and the chunk itself, so
-6 - 3 = 3 frames are remembered). The model was trained on clips of 9 frames. It goes like this:
+good. Example: sink 1, chunk 3, window 6 (the window counts the sink and the chunk itself, so 6
+- 3 = 3 frames are kept), and a model that was trained on clips of 9 frames, its *horizon*:
 
-    chunk     begins at   frame kept at      sees            positions of the kept frames
-                          index 0  1  2
-    (0 1 2)   frame 0           -  -  -      itself
-    (3 4 5)   frame 3           0  1  2      0 1 2 itself    0 1 2, and the chunk at 3 4 5
-    (6 7 8)   frame 6           0  5  4      0 4 5 itself    0 4 5, and the chunk at 6 7 8
-    (9 ...)   frame 9           0  7  8      0 7 8 itself    0 4 5, and the chunk at 6 7 8
-                                |  |  |
-                                |  +--+-- the ring: a new frame overwrites the oldest one
-                                +-------- the sink: never overwritten
+    the chunk       is made when these    and they stand      and it stands
+                    frames are kept       at the times        at the times
+                    at index 0  1  2      index 0  1  2
+    0  1  2                  -  -  -            -  -  -       0 1 2
+    3  4  5                  0  1  2            0  1  2       3 4 5
+    6  7  8                  0  5  4            0  5  4       6 7 8
+    9 10 11                  0  7  8            0  4  5       6 7 8
+                             |  |  |
+                             |  +--+-- the ring: a new frame overwrites the oldest one
+                             +-------- the sink: never overwritten
+
+When 3 4 5 was committed, frame 3 was dropped at once, since of a chunk that is longer than the
+ring only the youngest frames stay; 4 went to index 2, over frame 2, and 5 to index 1, over 1.
 
 Nothing is ever shifted. Attention is a sum over keys, so the order of the frames in the buffer
-does not matter once their positions are data (`positions`). (Released research code moves
-gigabytes a chunk to keep frames in order.)
+does not matter once their positions are data. `positions` gives them in the order of the
+buffer, which changes with every commit: ask once per chunk, and never keep the answer.
+(Released research code moves gigabytes a chunk to keep frames in order.)
 
 What is stored has no place in time. MLA stores the normed latent c_kv and the *unrotated*
 positional key k_rope; the dense baseline stores unrotated keys and values. Rotation happens at
-read. So a stored frame can be given another position tomorrow without being touched.
+read. So a stored frame can be given another time tomorrow without being touched. (In deeper
+layers the rows were made from what their tokens saw then, at the distances of that time. Only
+the distance to the sink changes later, so with a sink this is an approximation.)
 
-Which position? A model has been trained on clips of `horizon` frames and knows no position
-beyond. So:
+Which time? A model has been trained on clips of `horizon` frames and knows no time beyond. So:
 
     a chunk that begins at frame s stands at    base = min(s, horizon - chunk)       (P1)
     a frame f of the ring stands at             f - (s - base)                       (P2)
     a sink frame f stands at                    f                                    (P3)
 
 While s <= horizon - chunk these are the absolute times, and cached inference equals the
-teacher-forced training pass exactly. Later the whole window is *re-indexed*: the chunk stays at
+teacher-forced training pass exactly. Later chunk and ring are *re-indexed*: the chunk stays at
 the end of the trained range, its past just before it, and no position leaves what training has
 seen, however long the video. horizon = window is the rule of Infinity-RoPE, an infinite horizon
 gives the absolute positions of Self-Forcing; here it is one number.
 
-Letters: B batch, T visible key tokens, P tokens a frame. This file and rope3d.py import
+Letters: B batch, T visible key tokens, P tokens a frame; for the widths of what is stored, C
+and R (MLA) and H heads of d_h channels (dense attention), see attention.py. This file imports
 nothing else of this repository. tests/test_cache.py runs the class against a plain Python list
 of frames.
 """
@@ -45,7 +52,7 @@ of frames.
 import torch
 from torch import Tensor
 
-# What the tokens of a chunk leave in one layer: two tensors, each [B, tokens, width].
+# What the tokens of a chunk leave in one layer: two tensors, each [B, chunk * P, width].
 Rows = tuple[Tensor, Tensor]
 
 
@@ -54,7 +61,8 @@ def frames_at(index: Tensor, seen: int | Tensor, sink: int, ring: int) -> Tensor
     that share the index.
 
     Index i < sink holds frame i. An index of the ring has been the goal of frames i, i + ring,
-    i + 2 ring, ...
+    i + 2 ring, ... (`seen` is a tensor where counting must not leave a GPU:
+    engine/streaming.py.)
     """
     period = max(ring, 1)         # a ring of no frames is never asked, but must not divide by 0
     turns = (seen - 1 - index) // period     # how often the ring came round to this index again
@@ -62,9 +70,8 @@ def frames_at(index: Tensor, seen: int | Tensor, sink: int, ring: int) -> Tensor
 
 
 def read_positions(frames: Tensor, seen: int | Tensor, sink: int, base: int | Tensor) -> Tensor:
-    """Times at which the kept `frames` stand when a chunk that begins at frame `seen` stands at
-    `base`: (P2), (P3).
-    """
+    """Times at which the kept `frames` stand, by (P2) and (P3), when a chunk that begins at
+    frame `seen` stands at `base`."""
     return torch.where(frames < sink, frames, frames - (seen - base))
 
 
@@ -72,10 +79,11 @@ class RollingCache:
     """The past of B videos, for all layers. MLA's rows are (C, R) wide, those of dense
     attention (H d_h, H d_h).
 
-    `window` counts frames, the sink and the chunk being made included; so `capacity` = window -
-    chunk frames are kept. Buffers are allocated once, uninitialised: whether something stands
-    in them is told by `seen` alone. Raises ValueError if the window cannot hold the sink and
-    one chunk, or is longer than the horizon.
+    All videos are of one age, and every chunk has `chunk` frames. Use it under torch.no_grad,
+    except where gradients are wanted. `window` counts frames, the sink and the chunk being made
+    included; so `capacity` = window - chunk frames are kept. Buffers are allocated once,
+    uninitialised: whether something stands in them is told by `seen` alone. Raises ValueError
+    if the window cannot hold the sink and one chunk, or is longer than the horizon.
     """
 
     def __init__(self, layers: int, batch: int, widths: tuple[int, int], *, tokens: int,
@@ -103,8 +111,7 @@ class RollingCache:
     @property
     def filled(self) -> int:
         """Frames kept at present. They fill the buffer from its beginning, so a slice is all
-        the mask there is.
-        """
+        the mask there is."""
         return min(self.seen, self.capacity)
 
     def frames(self) -> Tensor:
@@ -114,8 +121,7 @@ class RollingCache:
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Times to rotate by: of the frames kept [filled], and of the chunk being made [chunk].
-        All < horizon.
-        """
+        All < horizon."""
         base = min(self.seen, self.horizon - self.chunk)                              # (P1)
         past = read_positions(self.frames(), self.seen, self.sink, base)
         own = base + torch.arange(self.chunk, device=past.device)
@@ -127,12 +133,13 @@ class RollingCache:
         """All rows that the chunk may look at in `layer`: those kept, then its own `rows`; each
         [B, T, width].
 
-        Changes nothing. Every denoising pass of a chunk peeks, and none leaves a trace.
+        Changes nothing. Every denoising pass of a chunk peeks, and none leaves a trace. The
+        rows are copies, so a later commit cannot disturb a pass whose gradient was recorded.
         """
         kept = self.filled * self.tokens
         visible = []
         for buffer, own in zip(self.buffers, rows):
-            past = buffer[layer, :, :kept]                                    # [B, kept, width]
+            past = buffer[layer, :, :kept].to(own.dtype)                      # [B, kept, width]
             visible.append(torch.cat((past, own), dim=1))
         return tuple(visible)
 
@@ -140,11 +147,14 @@ class RollingCache:
         """Keep a finished chunk: its `rows` of every layer. What falls out of the window is
         overwritten.
 
-        Gradients stop here: what is kept is detached. (Released code leaks them through this
-        write; detach=False is the true gradient of the context.) While gradients are recorded
-        the buffers are replaced instead of written to, since an earlier read may wait for its
-        backward pass. Raises ValueError unless the rows are one whole chunk.
+        Gradients stop here: what is kept is detached. With detach=False they flow from later
+        chunks into the rows that those read; then, and whenever gradients are recorded, the
+        buffers are replaced and not written to, since autograd may need the old ones. Raises
+        ValueError unless the rows are one whole chunk.
         """
+        if len(rows) != len(self.buffers[0]):
+            raise ValueError(f"commit takes the rows of all {len(self.buffers[0])} layers, "
+                             f"got {len(rows)}")
         for layer in rows:
             if any(part.shape[1] != self.chunk * self.tokens for part in layer):
                 raise ValueError(f"commit takes whole chunks: {self.chunk} frames of "
@@ -157,23 +167,22 @@ class RollingCache:
             new = new[:, :, source]                              # [layers, B, kept, P, width]
             if detach:
                 new = new.detach()
-            old = buffer.unflatten(2, (self.capacity, self.tokens))
+            frames = buffer.unflatten(2, (self.capacity, self.tokens))
             if torch.is_grad_enabled():
-                old = old.index_copy(2, goal, new)         # a new tensor
+                frames = frames.index_copy(2, goal, new)   # a new tensor
             else:
-                old.index_copy_(2, goal, new)              # in place
-            buffers.append(old.flatten(2, 3))
+                frames.index_copy_(2, goal, new)           # in place
+            buffers.append(frames.flatten(2, 3))
         self.buffers = tuple(buffers)
         self.seen += self.chunk
 
     def _moves(self) -> tuple[Tensor, Tensor]:
         """Which frames of the new chunk are kept (counted within it), and at which index each
-        goes.
-        """
+        goes."""
         device = self.buffers[0].device
         start = self.seen
         stop = self.seen + self.chunk
-        # The chunk's frames before this one belong to the sink.
+        # Frames start to sink_stop - 1 belong to the sink.
         sink_stop = max(start, min(self.sink, stop))
         # A chunk may be longer than the ring: then its own oldest frames are evicted at once.
         ring_start = min(stop, max(sink_stop, stop - self.ring))
@@ -198,6 +207,5 @@ class RollingCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that a kept token costs in one layer, read from the buffers: (C + R) or 2 H d_h
-        numbers.
-        """
+        numbers."""
         return sum(buffer.shape[-1] * buffer.element_size() for buffer in self.buffers)

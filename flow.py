@@ -6,9 +6,13 @@ every clip x0 to a noise eps of the same shape and walks it with sigma, from 1 (
     x_sigma  = (1 - sigma) x0 + sigma eps                                              (F1)
     v        = d x_sigma / d sigma = eps - x0       the velocity along the line        (F2)
 
-The network is shown x_sigma and predicts v. Many lines cross at a noisy point, so what it
-learns is the mean velocity there; following that mean from noise leads to data, step by step
-(F3). A velocity also implies an answer at once, the end of the line (F4):
+The network is shown x_sigma and predicts v. Many lines cross at a noisy point, and what is
+learned is their mean velocity. At sigma = 1 that points at the mean of all clips, which is a
+blur. But after a small step towards it fewer clips are possible, the mean is over those, and so
+on, until one is left. That the videos made so, by many small steps (F3), are distributed as the
+data are is the theorem of flow matching (Lipman et al., arXiv 2210.02747). The same velocity
+implies an answer at once, (F4): the mean of the clips that are still possible. From pure noise
+it is the blur, and so a model must be taught to jump (stage cd in objectives.py).
 
     x_sigma' = x_sigma - (sigma - sigma') v         one Euler step towards the data    (F3)
     x0       = x_sigma - sigma v                    the answer that v implies          (F4)
@@ -34,11 +38,10 @@ from torch import Tensor
 
 from attention import Route, attend_cheaper
 from cache import RollingCache
-from mla_video import VideoDiT
 
-SHIFT = 3.0                            # dwell at high noise, in training and in sampling
-FEW_STEPS = 4                         # passes a chunk of a distilled model (stages cd and dmd),
-FEW_SHIFT = 5.0                      # at the levels of the literature: 1, 0.9375, 0.8333, 0.625
+SHIFT = 3.0                  # how long to dwell at high noise, in training and in sampling
+FEW_STEPS = 4                # passes a chunk, for a distilled model
+FEW_SHIFT = 5.0              # its levels are then the literature's: 1, 0.9375, 0.8333, 0.625
 
 
 # ---- the path --------------------------------------------------------------------------------
@@ -49,7 +52,7 @@ def shift(u, k: float = SHIFT):
     near 1.
 
     The more pixels a frame has, the more noise it takes to hide it, since averaging sees
-    through noise: large latents need k = 5, 16 x 16 pixels do better with 3.
+    through noise: large latents are given k = 5 in the literature; 16 x 16 pixels have 3 here.
     """
     return k * u / (1 + (k - 1) * u)
 
@@ -88,7 +91,8 @@ class Draws:
     """Where random numbers come from: torch's generator, behind three verbs.
 
     Losses and rollouts draw from such an object and from nothing else. So what is drawn can be
-    decided outside (several processes divide one batch: engine/parallel.py).
+    decided outside (several processes divide one batch: engine/parallel.py). For a loss it must
+    draw on the device of the clips; a rollout moves the noise to where its model is.
     """
 
     def __init__(self, generator: torch.Generator | None = None, device="cpu"):
@@ -110,15 +114,15 @@ class Draws:
 
 # ---- from noise to a clean chunk -------------------------------------------------------------
 # A sampler is given `velocity(x, sigma) -> v`, `noise() -> eps` of a chunk's shape, and how
-# many passes to make; it returns the clean chunk.
+# many passes to make, at levels shifted by k; it returns the clean chunk.
 
 Velocity = Callable[[Tensor, float], Tensor]
 Noise = Callable[[], Tensor]
 
 
-def euler(velocity: Velocity, noise: Noise, steps: int) -> Tensor:
-    """Follow the flow in `steps` straight pieces, (F3). For models of stage tf."""
-    levels = noise_levels(steps, SHIFT)
+def euler(velocity: Velocity, noise: Noise, steps: int, k: float = SHIFT) -> Tensor:
+    """Follow the flow in `steps` straight pieces, (F3). For models that were not distilled."""
+    levels = noise_levels(steps, k)
     x = noise()
     for sigma, next_sigma in itertools.pairwise(levels):
         v = velocity(x, sigma)
@@ -126,12 +130,13 @@ def euler(velocity: Velocity, noise: Noise, steps: int) -> Tensor:
     return x
 
 
-def consistency(velocity: Velocity, noise: Noise, steps: int) -> Tensor:
+def consistency(velocity: Velocity, noise: Noise, steps: int, k: float = FEW_SHIFT) -> Tensor:
     """Jump to the answer, go back to the next level with *fresh* noise, jump again.
 
-    For models of the stages cd and dmd, whose answers are good after one pass.
+    For distilled models (stages cd and dmd). Their first answer is rough. Noise hides its
+    faults, and the next jump, from less noise, repairs them.
     """
-    levels = noise_levels(steps, FEW_SHIFT)
+    levels = noise_levels(steps, k)
     x = consistency_passes(velocity, noise, levels[:-1])       # down to the last level above 0
     sigma = levels[-2]
     return x - sigma * velocity(x, sigma)                                             # (F4)
@@ -146,8 +151,8 @@ def consistency_passes(velocity: Velocity, noise: Noise, levels: list[float]) ->
     return x
 
 
-# How a model of each stage is meant to be sampled. (A `score` model cannot stream: it needs the
-# future.)
+# How a model is meant to be sampled after each stage of training (objectives.py): tf, teacher
+# forcing; cd, consistency distillation; dmd, distribution matching.
 SAMPLERS = {
     "tf": dict(sampler=euler, steps=12),
     "cd": dict(sampler=consistency, steps=FEW_STEPS),
@@ -161,11 +166,16 @@ SAMPLERS = {
 class Stream:
     """Videos in the making: a model, their captions [B, S], and the cache of what was made.
 
-    Two verbs, `velocity` and `commit`, are all that `rollout` asks for. The caption may be
-    replaced between two chunks: the next chunk is made under the new one.
+    `rollout` asks for `chunk_like`, `velocity` and `commit`, and for nothing else. The caption
+    may be replaced between two chunks: the next chunk is made under the new one. To continue a
+    clip of one's own, commit its chunks first.
+
+    Of a model it needs what VideoDiT has: config.chunk, .channels, .height, .width;
+    embed.weight, for dtype and device; make_cache(batch); denoise(x, sigma [B, F], caption,
+    cache, attend) and commit(x, caption, cache, attend).
     """
 
-    def __init__(self, model: VideoDiT, caption: Tensor, cache: RollingCache | None = None,
+    def __init__(self, model, caption: Tensor, cache: RollingCache | None = None,
                  attend: Route = attend_cheaper):
         self.model = model
         self.caption = caption
@@ -179,6 +189,10 @@ class Stream:
 
     @caption.setter
     def caption(self, caption: Tensor) -> None:
+        """ValueError for another number of videos than before."""
+        if hasattr(self, "_caption") and len(caption) != len(self._caption):
+            raise ValueError(f"this stream makes {len(self._caption)} videos, and there are "
+                             f"{len(caption)} captions")
         self._caption = caption.to(self.model.embed.weight.device)
 
     def chunk_like(self) -> Tensor:
@@ -252,11 +266,12 @@ def noise_for(stream: Stream | GuidedStream, draws: Draws) -> Noise:
 def rollout(stream: Stream | GuidedStream, frames: int, draws: Draws, sampler=euler,
             steps: int = 12) -> Iterator[Tensor]:
     """Make `frames` frames, rounded up to whole chunks, or without end if 0; yield each chunk
-    [B, chunk, channels, height, width], in about [-1, 1], as soon as it is made.
+    [B, chunk, channels, height, width], in about [-1, 1], when it is made and committed.
 
-    Memory and time per chunk do not depend on how long the video is by then. Captions may be
-    changed between two chunks (assign to stream.caption). Nothing records gradients; stage dmd
-    has its own last chunk for that (objectives.self_rollout).
+    How a model wants to be sampled: pass **SAMPLERS[stage]. Once the window is full, memory and
+    time per chunk do not depend on how long the video is. Captions may be changed between two
+    chunks (assign to stream.caption). Nothing records gradients; stage dmd has its own last
+    chunk for that (objectives.self_rollout).
     """
     noise = noise_for(stream, draws)
     chunk = stream.chunk_like().shape[1]

@@ -39,8 +39,8 @@ from rope3d import Rope3D, Table, grid_coords
 
 @dataclass(frozen=True)
 class Config:
-    """Every size of the model. Defaults are the `toy` preset, in the paper's proportions:
-    C = E/8, Q = E/2, R = d_h/4. Raises ValueError for sizes that do not go together."""
+    """Every size of the model. Defaults are the `toy` preset, in the paper's proportions: C =
+    E/8, Q = E/2, R = d_h/4. Raises ValueError for sizes that do not go together."""
 
     attention: str = "mla"             # or "dense"
     dim: int = 128                     # E
@@ -103,8 +103,7 @@ def allowed(q_frame: Tensor, q_noisy: Tensor, k_frame: Tensor, k_noisy: Tensor,
 
 def sinusoid(sigma: Tensor, width: int) -> Tensor:
     """Noise levels sigma [...] as features [..., width]: cosines, then sines, of 1000 * sigma
-    at
-    geometric frequencies. In this repository sigma = 0 is clean and sigma = 1 is noise."""
+    at geometric frequencies. In this repository sigma = 0 is clean and sigma = 1 is noise."""
     half = width // 2
     band = torch.arange(half, device=sigma.device) / half
     omega = torch.exp(-math.log(10_000) * band)                            # [width / 2]
@@ -114,7 +113,8 @@ def sinusoid(sigma: Tensor, width: int) -> Tensor:
 
 def modulate(x: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm of x [B, F, P, E], then a scale and an offset per frame, each [B, F, 1, E]."""
-    return torch.addcmul(offset, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+    normed = F.layer_norm(x, x.shape[-1:])
+    return torch.addcmul(offset, normed, 1 + scale)        # offset + normed * (1 + scale)
 
 
 class Block(nn.Module):
@@ -124,7 +124,7 @@ class Block(nn.Module):
         x ---- norm ------------------- cross-attention to the caption ------------------ + x
         x ---- norm, scale, offset ---- feed-forward network ---------------- * gate ---- + x
 
-    Gates and the caption's W_O start at zero: a new block is the identity.
+    In a new VideoDiT gates and the caption's W_O are zero: its blocks are the identity.
     """
 
     def __init__(self, config: Config):
@@ -150,10 +150,10 @@ class Block(nn.Module):
                 answer_from: int = 0) -> tuple[Tensor, Rows]:
         """x [B, F, P, E] one block further, and the rows that its tokens leave.
 
-        level [B, F, 6, E] is the noise level, caption [B, S, E]. With a `cache` the tokens see
-        what it keeps for `layer` and themselves; without one they see each other, as `mask`
-        [L, L] allows. Frames before `answer_from` are only looked at: their rows are made, but
-        they ask nothing and are not returned.
+        level [B, F, 6, E] is the noise level, caption [B, S, E]. With a `cache` (or whatever
+        has its verb `peek`) the tokens see what it keeps for `layer` and themselves; without
+        one they see each other, as `mask` [L, L] allows. Frames before `answer_from` are only
+        looked at: their rows are made, but they ask nothing, and their x is not returned.
         """
         steer = (level + self.modulation)[:, :, :, None]                   # [B, F, 6, 1, E]
         offset, scale = steer[:, :, :2].unbind(2)                          # [B, F, 1, E] each
@@ -188,7 +188,8 @@ class VideoDiT(nn.Module):
     frame of a chunk or of a clip.
 
     Video is [B, F, channels, height, width]; sigma [B, F] in [0, 1]; caption LongTensor [B, S].
-    `attend` says by which route MLA is computed (attention.py); the answer is the same.
+    `attend` says by which route MLA is computed (attention.py); the answer is the same. Over
+    whole clips, masked or not, the default is to materialise; in a stream it is the cheaper.
     """
 
     def __init__(self, config: Config):
@@ -197,10 +198,10 @@ class VideoDiT(nn.Module):
         E = config.dim
         pixels = config.channels * config.patch**2
         self.embed = nn.Linear(pixels, E)
-        # RoPE tells a token how far others are, not where it stands itself: on black, no token
-        # could know the wall that it will bounce from. This vector says where in the frame,
-        # never which frame, so what is cached still has no place in time. (Wan has no such
-        # vector.)
+        # RoPE tells a token how far others are, not where it stands itself. In our toy worlds,
+        # where shapes bounce off the edges of a black frame, no token of black could know where
+        # an edge is. This vector says where in the frame, never which frame, so what is cached
+        # still has no place in time. (Wan has no such vector.)
         self.place = nn.Parameter(torch.zeros(config.tokens, E)) if config.place else None
         self.words = nn.Embedding(config.words, E)
         self.time = nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))
@@ -249,7 +250,7 @@ class VideoDiT(nn.Module):
         is_noisy = torch.arange(2 * frames, device=clean.device) >= frames
         mask = allowed(frame[:, None], is_noisy[:, None], frame, is_noisy, self.config)
         P = self.config.tokens
-        mask = mask.repeat_interleave(P, 0).repeat_interleave(P, 1)        # [2 F P, 2 F P]
+        mask = mask.repeat_interleave(P, 0).repeat_interleave(P, 1)       # [2 F P, 2 F P]
 
         video = torch.cat((clean, noisy), dim=1)                           # [B, 2 F, ...]
         sigma = torch.cat((torch.zeros_like(sigma), sigma), dim=1)         # [B, 2 F]
@@ -265,7 +266,7 @@ class VideoDiT(nn.Module):
                       attend: Route = attend_materialised) -> Tensor:
         """v of a whole clip in which every frame sees every other.
 
-        That is the score of whole videos which the stages score and dmd need (objectives.py).
+        It judges whole videos in training (objectives.py: the stages score and dmd).
         """
         frame = torch.arange(video.shape[1], device=video.device)
         x, sigma_emb, level, words = self.enter(video, sigma, caption)
@@ -333,6 +334,7 @@ class VideoDiT(nn.Module):
     def leave(self, x: Tensor, sigma_emb: Tensor) -> Tensor:
         """x [B, F, P, E] to a video of velocities [B, F, channels, height, width]."""
         c = self.config
+        # As in Wan, offset and scale of the head share one embedding, without a projection.
         steer = sigma_emb[:, :, None] + self.head_modulation               # [B, F, 2, E]
         offset, scale = steer[:, :, :, None].unbind(2)                     # [B, F, 1, E] each
         patches = self.head(modulate(x, offset, scale))

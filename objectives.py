@@ -4,8 +4,8 @@ and where the gradient stops.
     score   A bidirectional model of whole clips: every frame sees every other. It cannot
             stream, but it can judge videos, which stage dmd needs. Stage tf starts from it.
     tf      1. Teacher forcing: denoise every chunk, given the *clean true* chunks before it.
-    cd      2. Consistency distillation: given the same, jump to the answer in one pass, so that
-            a chunk takes 4 passes instead of 12 to 48.
+    cd      2. Consistency distillation: given the same, every pass jumps to an answer. Four of
+            them, with fresh noise between, replace 12 to 48.
     dmd     3. Distribution matching distillation: given *its own* chunks before it, as in use.
             No clip is shown, only captions.
 
@@ -14,8 +14,8 @@ feed the next ones ("exposure bias"). dmd trains on what the model streamed itse
 
 The convention of flow matching, (F1) to (F4), stands in flow.py. sg(.) means stop-gradient: a
 number, not a function of the weights. All random numbers come from `draws` (flow.Draws).
-tests/test_objectives.py holds each loss against its equation, and each trap that a released
-implementation fell into.
+tests/test_objectives.py holds each loss against its equation, and traps that released
+implementations fell into.
 """
 
 from collections.abc import Callable
@@ -46,9 +46,10 @@ def without_some(caption: Tensor, drop: float, draws: Draws) -> Tensor:
 
 # ---- stages score and tf: flow matching ------------------------------------------------------
 #     L = mean (v_model(x_sigma, sigma) - (eps - x0))^2,    x_sigma = (1 - sigma) x0 + sigma eps
-# with sigma = S_3(sigmoid(spread * n)), n standard normal. The weight is 1 at every level. (The
-# released weight is 0 at sigma = 1, where every rollout starts. A pretrained model survives
-# that; one trained from scratch does not.)
+# with sigma = S_3(sigmoid(spread * n)) and n standard normal: the ends near 0 and 1, where most
+# of the error cannot be learned away, are drawn less often than by a uniform u. No weight
+# w(sigma) stands in the mean. (Released code has one that is 0 at sigma = 1, where every
+# rollout starts. A pretrained model survives that; we do not risk it from scratch.)
 
 
 def score_loss(model: VideoDiT, x0: Tensor, caption: Tensor, draws: Draws, *, drop: float = 0.1,
@@ -73,7 +74,7 @@ def score_loss(model: VideoDiT, x0: Tensor, caption: Tensor, draws: Draws, *, dr
 def teacher_forcing_loss(model: VideoDiT, x0: Tensor, caption: Tensor, draws: Draws, *,
                          drop: float = 0.1,
                          spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Flow matching with an independent noise level per *chunk*, given the clean ones before it.
+    """Flow matching with an independent noise level for each *chunk*; it sees the clean ones.
 
     One pass trains every chunk of the clip at some level. Arguments and answer as `score_loss`.
     """
@@ -116,8 +117,8 @@ def consistency_loss(student: VideoDiT, target: VideoDiT, teacher: VideoDiT, x0:
 
         sigma_j = S_5(1 - j / 48),  j from 0 (noise) to 48 (clean); j is drawn below 48
         x_j     = (1 - sigma_j) x0 + sigma_j eps                                         (C1)
-        x_next  = x_j - (sigma_j - sigma_j+1) v_teacher(x_j, sigma_j)   a guided step    (C2)
-        L       = mean (f_student(x_j, sigma_j) - sg f_target(x_next, sigma_j+1))^2      (C3)
+        x_next  = x_j - (sigma_j - sigma_(j+1)) v_teacher(x_j, sigma_j), a guided step   (C2)
+        L       = mean (f_student(x_j, sigma_j) - sg f_target(x_next, sigma_(j+1)))^2    (C3)
 
     All three models see the clean clip as the past, by teacher forcing, at one noise level for
     the whole video. `target` is the student's moving average. At j = 47 the goal is x_next, the
@@ -142,37 +143,44 @@ def consistency_loss(student: VideoDiT, target: VideoDiT, teacher: VideoDiT, x0:
 
 
 # ---- stage dmd: distribution matching on the model's own past --------------------------------
+# The model in training is called the generator here. Two bidirectional models judge its videos,
+# and both start as the model of stage `score`:
+#     the real score is frozen; it knows true clips
+#     the fake score, or critic, is trained on the generator's videos of the moment
+# One step of the stage, put together in train.py:
+#     every 5th step    video = self_rollout(...)           the generator makes a clip
+#                       g = dmd_gradient(video, ...)        which way are true clips?
+#                       dmd_loss(video, g)                  move there
+#     every step        video = self_rollout(...)           another clip
+#                       critic_loss(critic, video, ...)     learn what is made now
 
 
 def self_rollout(stream: Stream, draws: Draws, exit: int, record: bool) -> Tensor:
-    """The next clip length [B, F, ...] of the videos of `stream`, made by the model itself.
+    """The next F frames [B, F, ...] of the videos of `stream`, a clip length, by the model
+    itself.
 
     All chunks but the last are made as in use. The last one leaves the sampler after pass
     `exit` (0 to 3) with the answer of that pass. If `record`, this one pass records its
     gradient, and nothing else does: not the passes before it, not the commit, and what the
-    cache keeps is detached. So backward needs no checkpointing, since nothing that it reads is
-    overwritten.
+    cache keeps is detached. The pass reads copies of the cache (`peek`), so the commit that
+    follows cannot change what its backward pass needs.
 
     A stream whose cache is empty begins new videos. One whose window is full is what most of a
     long video looks like; engine/trainer.py keeps streams from step to step, so that training
     sees videos as old as those in use.
 
-    Why the last chunk alone (released code records all): the judge sees a whole clip. A chunk
-    with a future is told to fit what comes after it. But what comes after was made from this
-    chunk and would move with it, which detached rows do not show. A video that is too fast is
-    told to shrink towards its middle, early chunks forward and late ones back; on average that
-    teaches little about speed.
+    Why the last chunk alone (released code records all)? We think: the scores see a whole clip.
+    Suppose a disc moves too fast. They want its early places moved forward and its late places
+    moved back, towards the middle of the clip. Both chunks are made by the same weights, so
+    these pushes cancel, and little is learned about speed. The last chunk is only ever told to
+    come back.
     """
     c = stream.model.config
     past = c.frames - c.chunk
     chunks = []
     if past:
         chunks += rollout(stream, past, draws, consistency, FEW_STEPS)
-    like = stream.chunk_like()
-
-    def noise() -> Tensor:
-        return draws.normal(*like.shape).to(like.device, like.dtype)
-
+    noise = noise_for(stream, draws)
     levels = noise_levels(FEW_STEPS, FEW_SHIFT)
     levels = levels[:exit + 1]                             # those of the passes until `exit`
     with torch.no_grad():
@@ -187,7 +195,9 @@ def self_rollout(stream: Stream, draws: Draws, exit: int, record: bool) -> Tenso
 def some_noise(video: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
     """A video with noise of one level per video: (x [B, F, ...], sigma [B, F], eps).
 
-    sigma = S_5(u) for a uniform u, clamped to [0.02, 0.98], where scores are worth comparing.
+    sigma = S_5(u) for a uniform u, clamped to [0.02, 0.98], as released: near 0 both answers
+    are the video itself, and near 1 each is the mean of its own clips. A tenth of the draws
+    lands on 0.98.
     """
     B, frames = video.shape[:2]
     u = draws.uniform(B, 1)
@@ -202,18 +212,21 @@ def dmd_gradient(video: Tensor, caption: Tensor, real: VideoDiT, fake: VideoDiT,
     """The direction in which the generator's videos are *less* like real ones, [B, F, ...]:
     gradient descent walks against it.
 
-    Two bidirectional models judge the same noisy video. The *real score* was trained on true
-    clips, so its answer is the nearest likely true video. The *fake score*, or critic, is
-    trained on the generator's own videos (`critic_loss`); its answer is what the generator
-    tends to make there. Where the two differ, the generator is recognisable.
+    The score of a distribution is the gradient of its log density at x: the direction in which
+    x gets likelier. For x = (1 - sigma) x0 + sigma eps it follows from the mean mu of the clips
+    x0 that x may have come from, which is the answer (F4) of a model trained on them:
 
-        mu_s(x) = x - sigma v_s(x, sigma)       the answer of score s, real or fake      (F4)
-        g       = (mu_fake - mu_real) / mean |video - mu_real|                           (D1)
+        mu(x)    = x - sigma v(x, sigma)                                                 (F4)
+        score(x) = ((1 - sigma) mu(x) - x) / sigma^2                                     (D0)
 
-    This is the gradient of KL(generator || data) up to a weight of each noise level, since at
-    equal noise scores differ as answers do. The divisor, one number per video, makes every
-    level count the same; its floor keeps a video that is already right from dividing by zero.
-    Only the real score is guided.
+    The gradient of KL(generator || data), both with noise, by a generated x is score_fake(x) -
+    score_real(x), and by (D0) that is (1 - sigma) / sigma^2 times mu_fake - mu_real. The factor
+    is replaced by a divisor of each video's own, so that all levels count about the same:
+
+        g        = (mu_fake - mu_real) / mean |video - mu_real|                          (D1)
+
+    Its floor keeps a video that is already right from dividing by zero. Only the real score is
+    guided.
     """
     with torch.no_grad():
         x, sigma, _ = some_noise(video, draws)
@@ -236,8 +249,9 @@ def dmd_loss(video: Tensor, gradient: Tensor) -> Tensor:
 
 
 def critic_loss(fake: VideoDiT, video: Tensor, caption: Tensor, draws: Draws) -> Tensor:
-    """Flow matching of the critic on the generator's own videos, as they are *now*.
-    (D3)
+    """Flow matching of the critic on the generator's own videos, as they are now:
+
+        L = mean (v_fake(x, sigma) - (eps - video))^2                                    (D3)
     """
     video = video.detach()
     x, sigma, eps = some_noise(video, draws)

@@ -1,14 +1,14 @@
 """3D rotary position embedding (RoPE) from integer coordinates (time, height, width).
 
-A token of a video sits at an integer point p = (t, y, x). RoPE takes the channels of a query
-or key in pairs and turns each pair by an angle. The angle is proportional to one of the three
+A token of a video sits at an integer point p = (t, y, x). RoPE takes the channels of a query or
+key in pairs and turns each pair by an angle. The angle is proportional to one of the three
 coordinates; omega_i is the pair's speed, in radians a step:
 
     angle_i = p[axis(i)] * omega_i                                                    (R1)
     (a, b)  ->  (a cos - b sin,  a sin + b cos)         for each pair (a, b)          (R2)
 
-The query is turned by its own angle and the key by its own. What is left in their inner
-product is the difference:
+The query is turned by its own angle and the key by its own. What is left in their inner product
+is the difference:
 
     <rot(q, p), rot(k, s)> = <rot(q, p - s), k>                                       (R3)
 
@@ -57,10 +57,11 @@ class Rope3D:
     apart, whereas the slow ones hardly turn over a window of a few dozen frames and are nearly
     content already.
 
-    `copies` > 1 lays the same table side by side that many times, for a key with a place for
-    every head. With channels = d_h and copies = H, MLA contains full per-head RoPE exactly
-    (tests/test_full_rank.py). Raises ValueError if the head has fewer pairs on an axis than
-    `channels` asks for.
+    `copies` > 1 lays the same table side by side that many times, for a key with a slice for
+    every head. MLA.from_dense alone uses it, to show that MLA contains full per-head RoPE
+    (attention.py, E2): skip it at first reading.
+
+    Raises ValueError if the head has fewer pairs on an axis than `channels` asks for.
     """
 
     channels: int
@@ -82,8 +83,7 @@ class Rope3D:
 
         Computed from the coordinates themselves, on their device: there is no length at which a
         table ends, and no GPU waits for its host. Precision is float32 at least, or float64 if
-        `dtype` is. (bfloat16 has 8 bits: at position 300 the fastest pair would be wrong by a
-        whole radian.)
+        `dtype` is. (bfloat16 has 8 significant bits: position 301 would become 300.)
         """
         dtype = torch.promote_types(dtype, torch.float32)
         angles = []
@@ -94,7 +94,8 @@ class Rope3D:
             omega = self.theta ** (-i / pairs_of_full_head)             # [pairs], fastest first
             position = coords[:, axis, None].to(dtype)                          # [L, 1]
             angles.append(position * omega)                       # [L, pairs]          (R1)
-        angle = torch.cat(angles * self.copies, dim=-1)                         # [L, R/2]
+        angles = angles * self.copies              # the list again and again, not multiplied
+        angle = torch.cat(angles, dim=-1)                                       # [L, R/2]
         return angle.cos(), angle.sin()
 
 
@@ -103,8 +104,10 @@ def rotate(x: Tensor, table: Table) -> Tensor:
 
     Real arithmetic in the table's precision; the result has the dtype of `x`. (Complex numbers
     and float64 are what makes released code slow here: torch.compile cannot fuse the one, and
-    GPUs crawl through the other.)
+    many GPUs are slow at the other.)
     """
+    if x.shape[-1] == 0:                                   # a layer without position
+        return x
     cos, sin = table
     if x.dim() == 4:                               # all heads of a token turn by the same angle
         cos = cos[:, None]                                                      # [L, 1, R/2]

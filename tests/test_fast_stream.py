@@ -115,7 +115,9 @@ def test_other_shapes_are_refused():
     stream.velocity(x, 0.5)
     with pytest.raises(ValueError, match="make another FastStream"):
         stream.velocity(x[:1], 0.5)
-    stream.caption = NONE[:1]
+    with pytest.raises(ValueError, match="makes 2 videos, and there are 1 captions"):
+        stream.caption = NONE[:1]
+    stream.caption = NONE[:, :2]                           # as many videos, shorter captions
     with pytest.raises(ValueError, match="make another FastStream"):
         stream.velocity(x, 0.5)
 

@@ -297,8 +297,8 @@ def picture(heading: str) -> list[str]:
 def test_the_readmes_ring_is_the_caches():
     """Row by row: what each commit leaves where, what the next chunk sees, and at which
     times."""
-    cache = RollingCache(1, 1, (1, 1), tokens=1, chunk=3, window=6, sink=1, horizon=6)
-    for line in picture("THE RING (sink 1, chunk 3, window 6, horizon 6)")[1:4]:
+    cache = RollingCache(1, 1, (1, 1), tokens=1, chunk=3, window=6, sink=1, horizon=9)
+    for line in picture("THE RING (sink 1, chunk 3, window 6, horizon 9)")[1:4]:
         committed, kept, sees, times = re.split(r"   +", line.strip())
         first = cache.seen
         assert committed == f"{first} {first + 1} {first + 2}"
