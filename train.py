@@ -398,6 +398,7 @@ def train_from(args: argparse.Namespace) -> None:
         stages = [stage for stage in stages if STAGES.index(stage) >= reached]
     else:
         check_nothing_is_lost(out / "train.pt", recipes)
+    any_of(False, device)                  # process 0 writes when all have seen what was there
     with fast_products(), repeatable(args.deterministic, device):
         for stage in stages:
             train_stage(args, recipes[stage], config, world, state, device)

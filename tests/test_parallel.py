@@ -227,10 +227,6 @@ def test_the_command_line_on_two_processes(tmp_path, flag):
 
 
 DIES = """
-import os, sys
-sys.path.insert(0, ROOT)
-import train
-
 plain = train.Trainer.update
 
 def update(self, *batch):
@@ -239,17 +235,40 @@ def update(self, *batch):
     return plain(self, *batch)
 
 train.Trainer.update = update
-train.main(sys.argv[1:])
+"""
+
+LATE = """
+plain = train.check_nothing_is_lost
+
+def check(*arguments):
+    if os.environ["RANK"] == "1":
+        time.sleep(5)
+    plain(*arguments)
+
+train.check_nothing_is_lost = check
 """
 
 
+def script_with(change: str, path: Path) -> str:
+    """train.py, changed."""
+    lines = ["import os, sys, time", f"sys.path.insert(0, {str(ROOT)!r})", "import train", change,
+             "train.main(sys.argv[1:])"]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
 def test_a_process_that_dies_ends_the_run_and_costs_no_checkpoint(tmp_path):
-    script = tmp_path / "dies.py"
-    script.write_text(DIES.replace("ROOT", repr(str(ROOT))))
-    done = two_processes([str(script), *FLAGS, "--steps=50", "--save-every=2",
+    script = script_with(DIES, tmp_path / "dies.py")
+    done = two_processes([script, *FLAGS, "--steps=50", "--save-every=2",
                           f"--out={tmp_path / 'out'}"])
     assert done.returncode != 0, "a run that lost a process must not look like a success"
     assert read_checkpoint(tmp_path / "out" / "train.pt", {"step"})["step"] == 4
+
+
+def test_a_late_process_does_not_take_the_first_save_for_another_run(tmp_path):
+    script = script_with(LATE, tmp_path / "late.py")
+    done = two_processes([script, *FLAGS, "--steps=2", f"--out={tmp_path / 'out'}"])
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # ---- as a program ------------------------------------------------------------------------------
