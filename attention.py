@@ -76,18 +76,25 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     at least; None: everywhere. It is torch's kernel, but for two cases in which a CPU is faster
     without it. Raises ValueError for another kind of mask.
     """
-    if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool):
-        raise ValueError("a mask is bool [L, T], one for all videos and heads; "
-                         f"got {mask.dtype} {list(mask.shape)}")
+    if mask is not None:
+        check_mask(mask)
     if q.device.type == "cpu":
         queries, keys = q.shape[2], k.shape[2]
         if mask is None and queries * keys <= 2**16:       # few scores: two plain products
-            return (q @ k.mT * scale).softmax(dim=-1) @ v
+            q = q * scale              # before the product: scores may pass float16's 65504
+            return (q @ k.mT).softmax(dim=-1) @ v
         if mask is not None and not torch.compiler.is_compiling():
             patterns, runs = torch.unique_consecutive(mask, dim=0, return_counts=True)
             if 8 * len(runs) <= queries:                   # neighbours see the same keys
                 return sdpa_by_runs(q, k, v, patterns, runs.tolist(), scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def check_mask(mask: Tensor) -> None:
+    """ValueError unless it is bool [L, T]."""
+    if mask.dim() != 2 or mask.dtype != torch.bool:
+        raise ValueError("a mask is bool [L, T], one for all videos and heads; "
+                         f"got {mask.dtype} {list(mask.shape)}")
 
 
 def sdpa_by_runs(q, k, v, patterns: Tensor, runs: list[int], scale: float) -> Tensor:
@@ -133,9 +140,9 @@ def attend_reference(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table,
     v = einsum(c_kv, W_UV, "b t c, h v c -> b t h v")                                  # (5)
     q_turned = rotate(q_rope, q_table)                         # [B, L, H, R]
     k_turned = rotate(k_rope, k_table)                         # [B, T, R]
-    content = einsum(q_nope, k_nope, "b l h n, b t h n -> b h l t")                    # (6)
-    position = einsum(q_turned, k_turned, "b l h r, b t r -> b h l t")                 # (6)
-    score = (content + position) * scale                                               # (6)
+    content = einsum(q_nope * scale, k_nope, "b l h n, b t h n -> b h l t")            # (6)
+    position = einsum(q_turned * scale, k_turned, "b l h r, b t r -> b h l t")         # (6)
+    score = content + position                                                         # (6)
     if mask is not None:
         score = score.masked_fill(~mask, -math.inf)
     p = score.softmax(dim=-1)                                                          # (7)

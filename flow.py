@@ -31,6 +31,7 @@ tests/test_flow.py.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -83,7 +84,10 @@ def one_level(x: Tensor, sigma: float) -> Tensor:
 
 
 def noise_levels(steps: int, k: float) -> list[float]:
-    """The levels of a sampler, S_k(1 - i / steps): steps + 1 of them, from 1 to 0."""
+    """The levels of a sampler, S_k(1 - i / steps): steps + 1 of them, from 1 to 0. ValueError
+    for less than one step."""
+    if steps < 1:
+        raise ValueError(f"a chunk takes at least 1 step, got {steps}")
     return [shift(1 - i / steps, k) for i in range(steps + 1)]
 
 
@@ -110,6 +114,35 @@ class Draws:
     def integers(self, top: int, *shape: int) -> Tensor:
         """Integers from 0 to top - 1."""
         return torch.randint(top, shape, generator=self.generator, device=self.device)
+
+
+class VideoDraws(Draws):
+    """`Draws` for a rollout, with a generator for each video: what video i is given depends on
+    the seed and on i alone, on every device, however many videos are made beside it."""
+
+    def __init__(self, seed: int, videos: int):
+        seeds = torch.Generator().manual_seed(seed)
+        self.generators = []
+        for _ in range(videos):
+            own_seed = torch.randint(2**63 - 1, (1,), generator=seeds)
+            self.generators.append(torch.Generator().manual_seed(own_seed.item()))
+
+    def _each(self, draw: Callable[[torch.Generator], Tensor], videos: int) -> Tensor:
+        if videos != len(self.generators):
+            raise ValueError(f"these draws are for {len(self.generators)} videos, not {videos}")
+        return torch.stack([draw(generator) for generator in self.generators])
+
+    def normal(self, videos: int, *shape: int) -> Tensor:
+        """As Draws."""
+        return self._each(lambda own: torch.randn(shape, generator=own), videos)
+
+    def uniform(self, videos: int, *shape: int) -> Tensor:
+        """As Draws."""
+        return self._each(lambda own: torch.rand(shape, generator=own), videos)
+
+    def integers(self, top: int, videos: int, *shape: int) -> Tensor:
+        """As Draws."""
+        return self._each(lambda own: torch.randint(top, shape, generator=own), videos)
 
 
 # ---- from noise to a clean chunk -------------------------------------------------------------
@@ -170,7 +203,7 @@ class Stream:
     may be replaced between two chunks: the next chunk is made under the new one. To continue a
     clip of one's own, commit its chunks first.
 
-    Of a model it needs what VideoDiT has: config.chunk, .channels, .height, .width;
+    Of a model it needs what VideoDiT has: config.chunk, .channels, .height, .width, .words;
     embed.weight, for dtype and device; make_cache(batch); denoise(x, sigma [B, F], caption,
     cache, attend) and commit(x, caption, cache, attend).
     """
@@ -189,7 +222,12 @@ class Stream:
 
     @caption.setter
     def caption(self, caption: Tensor) -> None:
-        """ValueError for another number of videos than before."""
+        """ValueError for another number of videos than before, or for words that the model does
+        not know."""
+        if caption.device.type == "cpu":                   # a GPU would be waited for
+            top = self.model.config.words - 1
+            if not ((0 <= caption) & (caption <= top)).all():
+                raise ValueError(f"the ids of words in a caption are 0 to {top}, got {caption}")
         if hasattr(self, "_caption") and len(caption) != len(self._caption):
             raise ValueError(f"this stream makes {len(self._caption)} videos, and there are "
                              f"{len(caption)} captions")
@@ -221,6 +259,8 @@ class GuidedStream:
     """
 
     def __init__(self, captioned: Stream, plain: Stream, weight: float):
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of guidance must be a number, got {weight}")
         if captioned.cache is plain.cache:
             raise ValueError("guidance needs two caches, one with the caption and one without")
         self.captioned = captioned
@@ -273,6 +313,8 @@ def rollout(stream: Stream | GuidedStream, frames: int, draws: Draws, sampler=eu
     chunks (assign to stream.caption). Nothing records gradients; stage dmd has its own last
     chunk for that (objectives.self_rollout).
     """
+    if frames < 0:
+        raise ValueError(f"frames must be 0 (without end) or more, got {frames}")
     noise = noise_for(stream, draws)
     chunk = stream.chunk_like().shape[1]
     starts = itertools.count(0, chunk) if frames == 0 else range(0, frames, chunk)

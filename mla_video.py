@@ -311,6 +311,12 @@ class VideoDiT(nn.Module):
         if video.shape[2:] != (c.channels, c.height, c.width):
             raise ValueError(f"the model takes frames of {c.channels} x {c.height} x "
                              f"{c.width}, got {tuple(video.shape[2:])}")
+        if sigma.shape != video.shape[:2]:
+            raise ValueError("sigma has a noise level for each frame, "
+                             f"{tuple(video.shape[:2])}; got {tuple(sigma.shape)}")
+        if caption.shape != (len(video), c.slots):
+            raise ValueError(f"a caption is {c.slots} words for each of {len(video)} videos; "
+                             f"got {tuple(caption.shape)}")
         patches = rearrange(video, "b f c (h p) (w q) -> b f (h w) (c p q)",
                             p=c.patch, q=c.patch)
         x = self.embed(patches)                                            # [B, F, P, E]

@@ -21,7 +21,7 @@ class Oracle:
     def __init__(self, answer, chunk: int = 2):
         _, frames, channels, height, width = answer.shape
         self.config = SimpleNamespace(chunk=chunk, frames=frames, channels=channels,
-                                      height=height, width=width)
+                                      height=height, width=width, words=2)
         self.embed = SimpleNamespace(weight=answer)
         self.answer = answer
         self.asked = []                                    # the noise level of every pass
@@ -330,3 +330,108 @@ def test_a_checkpoint_gives_back_its_weights_bit_for_bit(code, sizes, seed, tmp_
     first = loaded.denoise(x.float(), sigma.float(), caption, loaded.make_cache(1))
     second = again.denoise(x.float(), sigma.float(), caption, again.make_cache(1))
     assert torch.equal(first, second), "two loads of one file must compute the same bits"
+
+
+# ---- a video and its neighbours --------------------------------------------------------------
+
+
+def video_alone(code, model, caption, which: int, seed: int, weight: float, chunks: int):
+    """Video `which` of a batch, as it is made when the other captions are changed and reordered
+    around it, or left out after it."""
+    others = (caption + 1) % model.config.words
+    batch = others[:which + 1].clone()
+    batch[which] = caption[which]
+    return made_with(code, model, batch, seed, weight, chunks)[which]
+
+
+def made_with(code, model, caption, seed: int, weight: float, chunks: int):
+    stream = code.flow.Stream(model, caption)
+    if weight != 1:
+        plain = code.flow.Stream(model, torch.zeros_like(caption))
+        stream = code.flow.GuidedStream(stream, plain, weight)
+    draws = code.flow.VideoDraws(seed, len(caption))
+    frames = chunks * model.config.chunk
+    how = dict(sampler=code.flow.consistency, steps=3)
+    return torch.cat(list(code.flow.rollout(stream, frames, draws, **how)), dim=1)
+
+
+@forall(sizes=configs(min_chunks=2), chunks=st.integers(1, 3), B=st.integers(2, 4),
+        weight=st.sampled_from([1.0, 2.0]), seed=seeds)
+def test_a_video_depends_on_its_own_caption_and_number_alone(code, sizes, chunks, B, weight, seed):
+    model, dice = a_model(code, sizes, seed)
+    caption = dice.below(model.config.words, B, model.config.slots)
+    together = made_with(code, model, caption, seed, weight, chunks)
+    for which in range(B):
+        alone = video_alone(code, model, caption, which, seed, weight, chunks)
+        assert_same(alone, together[which], EXACT,
+                    f"video {which} of {B} changes with the videos beside it")
+    assert not torch.equal(together[0], together[1]), "each video has noise of its own"
+
+
+@forall(seed=seeds, videos=st.integers(1, 5))
+def test_the_draws_of_a_video_are_the_same_in_any_company(code, seed, videos):
+    few = code.flow.VideoDraws(seed, videos)
+    many = code.flow.VideoDraws(seed, videos + 3)
+    for _ in range(2):
+        assert torch.equal(few.normal(videos, 2, 3), many.normal(videos + 3, 2, 3)[:videos])
+        assert torch.equal(few.uniform(videos, 4), many.uniform(videos + 3, 4)[:videos])
+        assert torch.equal(few.integers(9, videos, 2), many.integers(9, videos + 3, 2)[:videos])
+    numbers = many.normal(videos + 3, 50)
+    assert len(numbers[:, 0].unique()) == videos + 3, "no two videos share their noise"
+    with pytest.raises(ValueError, match=f"are for {videos} videos, not {videos + 1}"):
+        few.normal(videos + 1, 2)
+
+
+# ---- what a program that calls the library is told -------------------------------------------
+
+
+def test_what_cannot_be_is_refused_in_words(code):
+    flow = code.flow
+    model = code.mla_video.VideoDiT(code.mla_video.Config())
+    caption = torch.zeros(2, 3, dtype=torch.long)
+    stream = flow.Stream(model, caption)
+    draws = flow.VideoDraws(0, 2)
+    x, cache = torch.zeros(2, 3, 3, 16, 16), model.make_cache(2)
+    wrong = {
+        "takes at least 1 step, got 0": lambda: next(flow.rollout(stream, 3, draws, steps=0)),
+        "frames must be 0": lambda: next(flow.rollout(stream, -3, draws)),
+        "must be a number, got nan": lambda: flow.GuidedStream(
+            stream, flow.Stream(model, caption), float("nan")),
+        "ids of words": lambda: flow.Stream(model, caption + model.config.words),
+        "ids of words in": lambda: flow.Stream(model, caption - 1),
+        "a noise level for each frame": lambda: model.denoise(x, torch.ones(2), caption, cache),
+        "a caption is 3 words for each of 2": lambda: model.denoise(
+            x, torch.ones(2, 3), caption[:, :2], cache),
+        "makes 2 videos, and there are 1": lambda: setattr(stream, "caption", caption[:1]),
+    }
+    for words, call in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+# ---- half precision --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_half_precision_model_streams_and_is_told_exact_levels(code, dtype):
+    """Scores of the shipped model pass float16's largest number unless queries are scaled first;
+    and 0.8333 must reach the model as such, whatever its dtype."""
+    from lab import ROOT
+    model, _ = code.checkpoint.load_model(ROOT / "checkpoints/toy.pt")
+    caption = torch.tensor([[1, 8, 18], [3, 9, 19]])
+    exact = made_with(code, model, caption, 0, 1.0, 4)
+    told = []
+    low = model.to(dtype)
+    denoise = low.denoise
+
+    def watched(x, sigma, *rest):
+        told.append(sigma)
+        return denoise(x, sigma, *rest)
+
+    low.denoise = watched
+    video = made_with(code, low, caption, 0, 1.0, 4)
+    assert video.dtype == dtype and video.isfinite().all(), "not a number: scores overflowed?"
+    assert (video - exact).abs().mean() < 0.05, "a half precision video is another video"
+    levels = {float(sigma[0, 0]) for sigma in told}
+    wanted = {torch.tensor(level).item() for level in code.flow.noise_levels(3, 5.0)[:-1]}
+    assert levels == wanted, f"levels {levels} are not {wanted} in float32"
