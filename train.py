@@ -385,7 +385,8 @@ def train_from(args: argparse.Namespace) -> None:
     config = make_config(args)
     check_memory(config, device, processes() if args.shard else 1)
     with as_user_error():
-        world = open_world(args.data, config.frames, config.height, args.seed)
+        world = open_world(args.data, config.frames, config.height, args.seed,
+                           args.layout, args.border)
     stages = [args.stage]
     if args.stage == "all":
         stages = list(STAGES)
@@ -472,7 +473,14 @@ def add_what(add) -> None:
              "matching; all: one after the other")
     add("--attention", default="mla", choices=("mla", "dense"))
     add("--data", default="shapes",
-        help="shapes, digits, occluder, or a .npy, .npz, .gif or video file")
+        help="shapes, digits, occluder, or clips of your own: a .npy, .npz, .gif or video "
+             "file, a folder of them, or of numbered pictures")
+    add("--layout", metavar="AXES",
+        help="the axes of your array in their order: N clips, T frames, C channels, H and W "
+             "pixels, e.g. NTHW; needed where its shape does not tell")
+    add("--border", action="store_true",
+        help="put whole frames of your clips into a black border, instead of cutting out their "
+             "centre")
     add("--preset", default="toy", choices=tuple(PRESETS), help="size of the model")
     add("--config", action="append", default=[], metavar="NAME=N",
         help="another size, e.g. window=6; may be repeated")

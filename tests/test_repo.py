@@ -149,7 +149,7 @@ def test_the_readmes_commands_run(command, tmp_path, monkeypatch):
         small += ["--frames=6", "--steps=1", f"--checkpoint={ROOT / 'checkpoints/toy.pt'}"]
         sample.main(arguments + small)
     else:
-        np.save("clips.npy", np.zeros((3, 16, 16, 16), dtype=np.uint8))
+        np.save("clips.npy", np.zeros((2, 13, 16, 16), dtype=np.uint8))
         small += ["--steps=1", "--batch=2"]
         for size in ("dim=32", "layers=1", "heads=2", "latent=8", "query_latent=16", "rope=6", "ffn=32"):
             small.append(f"--config={size}")
