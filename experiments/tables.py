@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 
+from experiments import verdicts
+from mla_video import PRESETS
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = "bench_h100.json"
 NAMES = {"mla": "MLA", "dense": "dense"}
@@ -100,14 +103,11 @@ MINUTE = {  # column: (metric, how a value is shown)
 
 def minute_row(attention: str, stage: str, runs: list[dict]) -> list[str]:
     switched = [run["stages"][stage]["switch"][2] for run in runs]
-    # Several runs may have shared a GPU: the least disturbed one counts.
-    seconds = min(run["stages"][stage]["seconds_per_chunk"] for run in runs)
     name, comma, detail = stage.partition(",")
     cells = [f"{NAMES[attention]}, `{name}`{comma}{detail}"]
     for metric, show in MINUTE.values():
         cells.append(spread([late(run, stage, metric) for run in runs], show))
     cells.append(spread(switched, percent))
-    cells.append(f"{1000 * seconds:.0f}")
     return cells
 
 
@@ -118,7 +118,7 @@ def minute() -> str:
         runs = [run for run in found["runs"] if run["attention"] == attention]
         for stage in runs[0]["stages"]:
             rows.append(minute_row(attention, stage, runs))
-    head = ["model, stage", *MINUTE, "new caption shown, third chunk", "ms a chunk"]
+    head = ["model, stage", *MINUTE, "new caption shown, third chunk"]
     seeds = sorted({run["seed"] for run in found["runs"]})
     said = (f"{found['rollouts']} videos of {found['frames']} frames at once, mean [least, most] of "
             f"{len(seeds)} seeds, means over the last 120 frames.")
@@ -149,6 +149,13 @@ STAGES = {  # stage: (given, learns, passes a chunk)
 }
 
 
+def earlier_recipe(found: dict) -> str:
+    """What must be said of the runs that were timed before dmd's recipe changed."""
+    if found["commit"] == "e8f78cc":                       # restart was 0.25
+        return "; `dmd` is an earlier recipe's"
+    return ""
+
+
 def stages() -> str:
     found = results("stages_cpu.json")
     rows = []
@@ -162,7 +169,7 @@ def stages() -> str:
             survival = percent(report["survival"]["survival"])
         rows.append([f"`{stage}`", given, learns, passes, minutes(seconds), survival])
     head = ["stage", "given", "learns", "passes a chunk", "training", "survive 120 frames"]
-    said = f"{minutes(total)} in all, one seed; `dmd` is an earlier recipe's."
+    said = f"{minutes(total)} in all, one seed{earlier_recipe(found)}."
     shipped = f"The shipped `checkpoints/toy.pt`: {origin('toy.json')}"
     return f"{markdown(head, rows)}\n\n{said} {origin('stages_cpu.json')}\n\n{shipped}"
 
@@ -186,6 +193,17 @@ def fastest_dense(point: dict) -> float:
 def over_dense(point: dict) -> float:
     """Fused MLA's time over that of the fastest dense row."""
     return ms(point, "fused") / fastest_dense(point)
+
+
+def faster_up_to(points: list[dict]) -> int:
+    """The most query tokens, of those measured in one window, up to which fused MLA was faster
+    than dense attention everywhere; 0: nowhere. Between two points nothing is known."""
+    most = 0
+    for point in sorted(points, key=lambda point: point["L"]):
+        if over_dense(point) >= 1:
+            break
+        most = point["L"]
+    return most
 
 
 def attention_points(found: dict) -> dict[int, list[dict]]:
@@ -234,14 +252,16 @@ def attention() -> str:
     windows = attention_points(found)
     tables = [attention_window(T, points) for T, points in windows.items()]
     every = sum(windows.values(), [])
-    longest = max(windows)
-    absorbing = section["crossing"][f"absorbed / materialised, T={longest}"]
+    crossings = []
+    for T in windows:
+        absorbing = section["crossing"][f"absorbed / materialised, T={T}"]
+        crossings.append(f"{absorbing:.0f} for {T:,} keys")
     limit = found["ceilings"]["matmul_tflops"]
     said = [
         "Error in bf16 against float64, on the tensors that are timed: at most "
         f"{worst_error(every):.1f} times dense's.",
-        f"Absorbing and materialising cost the same at L = {absorbing:.0f}, measured at "
-        f"{longest:,} keys; in operations, at {section['L_star']:.0f}.",
+        "Absorbing and materialising take the same time at the L of "
+        f"{', '.join(crossings)}; in operations they cost the same at {section['L_star']:.0f}.",
     ]
     for L, predicted in found["sections"]["b200"].items():
         said.append(f"For a B200 public figures predict {predicted['ratio']:.2f} times dense's time "
@@ -300,10 +320,20 @@ def memory() -> str:
 
 # ---- rank ------------------------------------------------------------------------------------
 
+def judged() -> list[dict]:
+    """Today's verdicts on what was measured: the file has those of its own day, too."""
+    return verdicts.judge(results("spectrum.json")["found"])
+
+
 def word(verdict: dict) -> str:
     if verdict["noise"] and verdict["verdict"] == "reproduced":
         return "true, and noise passes"
     return verdict["verdict"]
+
+
+def shown(triple: tuple[float, float, float]) -> str:
+    middle, low, high = triple
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def deciding(verdict: dict) -> str:
@@ -314,18 +344,25 @@ def deciding(verdict: dict) -> str:
         said = f"{min(middles):.3f} to {max(middles):.3f} in {len(middles)} runs"
     else:
         parts = []
-        for name, (middle, low, high) in intervals.items():
-            parts.append(f"{name} {middle:.3f} [{low:.3f}, {high:.3f}]")
+        for name, triple in intervals.items():
+            parts.append(f"{name} {shown(triple)}")
         said = ", ".join(parts)
     for need in verdict["unmet"]:
         said += f"; not met: {need}"
     return said.replace("|", "/")
 
 
+def gaps_after_a_true_past() -> str:
+    """MLA minus dense attention, both tuned, at C = E / 8."""
+    found = results("spectrum.json")["found"]
+    keys = ("colour", "shape", "place")
+    return verdicts.mean_gap(found, "tuned", str(found["C"]), keys)
+
+
 def rank() -> str:
     found = results("spectrum.json")
     rows = []
-    for verdict in found["verdicts"]:
+    for verdict in judged():
         control = verdict["control"] or "-"
         if verdict["noise"]:
             control = f"noise passes; {control}"
@@ -333,8 +370,16 @@ def rank() -> str:
     E = found["found"]["E"]
     C = found["found"]["C"]
     head = [f"claim (here E = {E}, C = {C})", "verdict", "the number that decides", "control"]
-    said = f"{len(found['seeds'])} seeds, 95 % intervals, {minutes(found['seconds'])}."
-    return f"{markdown(head, rows)}\n\n{said} {origin('spectrum.json')}"
+    plan = found["plan"]
+    said = [
+        f"{len(found['seeds'])} seeds, 95 % intervals, {minutes(found['seconds'])}.",
+        f"Long rollouts are of {plan['frames']} frames; training clips have "
+        f"{plan['config']['frames']}.",
+        f"After a true past MLA minus dense is {gaps_after_a_true_past()}; no rule asks for shape.",
+        "Verdicts are judged anew from the file's measurements.",
+        origin("spectrum.json"),
+    ]
+    return markdown(head, rows) + "\n\n" + " ".join(said)
 
 
 # ---- runs that are exact, and do not end -----------------------------------------------------
@@ -343,17 +388,26 @@ def largest(differences: dict[str, float]) -> str:
     return f"{max(differences.values()):.0e}"
 
 
+def layers_of(cache_bytes: int) -> int:
+    """Layers of a toy model whose cache of one video, in float32, has so many bytes."""
+    toy = PRESETS["toy"]
+    rows = (toy.window - toy.chunk) * toy.tokens
+    return cache_bytes // (4 * rows * (toy.latent + toy.rope))
+
+
 def exact() -> str:
     kills = results("kills.json")
     endless = results("endurance.json")
+    layers = layers_of(endless["cache_bytes"])
+    model_then = f"a model of {layers} layers; today's has {PRESETS['toy'].layers}"
     deterministic = results("deterministic_h100.json")
     counts = deterministic["tensors_of_STAGE.pt_and_those_equal_bit_for_bit"].values()
     rows = [
         ["SIGKILLs at random moments of a training run; restarts that went on exactly",
          f"{kills['good_restarts']} of {kills['kills']}", origin("kills.json")],
-        [f"memory that frames 1,000 to {endless['frames']:,} of one stream took",
+        [f"memory that frames 1,000 to {endless['frames']:,} of one stream took ({model_then})",
          f"{endless['memory_growth_kib']} KiB", origin("endurance.json")],
-        ["time of its slowest tenth's chunks, over a young video's",
+        ["time of its chunks over that of a young video's, timed right after; slowest tenth",
          f"{max(endless['time_against_a_young_video_by_tenth']):.3f}", "the same"],
     ]
     for name in ("parallel.json", "parallel_h100.json"):
@@ -370,31 +424,57 @@ def exact() -> str:
 
 # ---- the README's ----------------------------------------------------------------------------
 
+def link(name: str) -> str:
+    return f"[{name}](results/{name})"
+
+
+def clips_and_minutes(stages: Iterable[dict]) -> tuple[str, str]:
+    """Of some stages together. What train.py measured, without its start."""
+    stages = list(stages)
+    clips = sum(stage["steps"] * stage["batch"] for stage in stages)
+    return f"{clips:,}", minutes(sum(stage["training_seconds"] for stage in stages))
+
+
 def training() -> str:
-    """The commands that train, and their minutes: what train.py measured, without its start."""
-    mla = results("train_mla_cpu.json")
-    dense = results("train_dense_cpu.json")
-    cpu = mla["device"]
-
-    def total(name: str) -> str:
-        stages = results(name)["stages"].values()
-        return minutes(sum(stage["training_seconds"] for stage in stages))
-
-    return markdown(["command", "makes", cpu, "H100"], [
-        ["`python train.py`",
-         "a model of 12 passes a chunk", minutes(mla["training_seconds"]), ""],
-        ["`python train.py --attention dense --out out/dense`",
-         "its rival (time of an earlier recipe)", minutes(dense["training_seconds"]), ""],
+    """The commands that train. A GPU's recipe is another one, so its clips are said, too."""
+    first = results("train_mla_cpu.json")
+    cpu = results("stages_cpu.json")
+    gpu = results("toy.json")
+    not_compiled = []
+    for name, stage in gpu["stages"].items():
+        if "--compile" not in stage["command"]:
+            not_compiled.append(f"`{name}`")
+    machine = gpu["device"]
+    if "Two other runs shared the card" in gpu.get("edited_by_hand", ""):
+        machine += ", shared with two other runs"
+    head = ["command", "makes", "clips seen (`dmd`: made)", "training", "machine", "from"]
+    return markdown(head, [
+        ["`python train.py`", "a model of 12 passes a chunk",
+         *clips_and_minutes([first]), first["device"], link("train_mla_cpu.json")],
         ["`python train.py --stage all --out out/all`",
-         "models of 4 passes, too", total("stages_cpu.json"), total("toy.json")],
+         f"models of 4 passes, too{earlier_recipe(cpu)}",
+         *clips_and_minutes(cpu["stages"].values()), cpu["device"], link("stages_cpu.json")],
+        ["the same on a GPU, whose recipe is longer, with `--compile` "
+         f"(not for {', '.join(not_compiled)})", "the shipped model",
+         *clips_and_minutes(gpu["stages"].values()), machine, link("toy.json")],
     ])
+
+
+def where_faster(windows: dict[int, list[dict]]) -> str:
+    """Up to how many queries fused MLA beats dense attention, for each number of keys."""
+    said = []
+    for T, points in windows.items():
+        most = faster_up_to(points)
+        when = f"at {most} queries and fewer" if most else "at none"
+        said.append(f"{when} on {T:,} keys")
+    return ", ".join(said)
 
 
 def four() -> str:
     """Memory, captions kept, time, videos per GPU: the number, and the command that gives
     it."""
-    found = results(BENCH)["sections"]
-    cache = found["memory"]["wan1.3b"]
+    bench = results(BENCH)
+    cache = bench["sections"]["memory"]["wan1.3b"]
     memory_row = [
         "bytes a cached token and layer, at the paper's sizes in bf16",
         f"**{cache['mla']}** ({100 * cache['saved']:.1f} % less)",
@@ -404,25 +484,26 @@ def four() -> str:
     mla = over_seeds("mla", "dmd", "match")
     dense = over_seeds("dense", "dmd", "match")
     caption_row = [
-        f"frames that still show their caption after a minute, `dmd`, {len(mla)} seeds",
+        "frames that still show their caption after a minute, `dmd`, mean [least, most] of "
+        f"{len(mla)} seeds",
         bold(mla),
         spread(dense, percent),
         "`python -m experiments.quality`",
     ]
-    points = attention_points(results(BENCH))
-    longest = points[max(points)]
-    chunk = longest[-1]
-    slower = min(point["L"] for point in longest if over_dense(point) > 1)
+    windows = attention_points(bench)
+    chunk = windows[max(windows)][-1]
+    times = [f"{ms(chunk, 'fused'):.2f}", f"{fastest_dense(chunk):.2f}"]
+    best = 1 if over_dense(chunk) > 1 else 0
+    times[best] = f"**{times[best]}**"
     time_row = [
-        f"ms of attention for a chunk, {chunk['L']} queries on {chunk['T']:,} keys (fewer than "
-        f"{slower} queries: MLA is faster; fewer keys: dense is)",
-        f"{ms(chunk, 'fused'):.2f}",
-        f"**{fastest_dense(chunk):.2f}**",
+        f"ms of attention for a chunk, {chunk['L']} queries on {chunk['T']:,} keys, "
+        f"{bench['device']} (of the points measured MLA is faster {where_faster(windows)})",
+        *times,
         "`python -m experiments.bench`",
     ]
-    batch = found["batch"]
+    batch = bench["sections"]["batch"]
     video_row = [
-        "videos at once in the memory of one GPU",
+        f"videos at once in the memory of one {bench['device']}",
         f"**{batch['mla, all at once']['videos']}**",
         batch["dense, all at once"]["videos"],
         "`python -m experiments.bench`",
@@ -430,40 +511,76 @@ def four() -> str:
     return markdown(["", "MLA", "dense", "command"], [memory_row, caption_row, time_row, video_row])
 
 
+def in_words(verdict: dict) -> str:
+    """`word` for a reader who has not read what noise is for."""
+    if verdict["noise"] and verdict["verdict"] == "reproduced":
+        return "true, but random weights pass this rule, too"
+    return ", as this was not met: ".join([verdict["verdict"], *verdict["unmet"]])
+
+
+def energy_kept(found: dict) -> str:
+    """By either optimiser, and whether that alone would do."""
+    claim = verdicts.kept_by_an_eighth(found)
+    said = []
+    for name, triple in claim.verdict()["intervals"].items():
+        inside = claim.low <= triple[1] and triple[2] <= claim.high
+        where = "inside" if inside else "outside"
+        whose = "the paper's optimiser" if name == "AdamW" else "ours"
+        said.append(f"with {name}, {whose}, {shown(triple)}, {where} the rule's {claim.low} to "
+                    f"{claim.high}")
+    return "; ".join(said)
+
+
+def speed(found: dict) -> str:
+    """Of the whole model, and why it is not that of attention alone."""
+    wan = PRESETS["wan1.3b"]
+    block = found["sections"]["block"]
+    rotated = block["dense, keys stored rotated, compiled"]["ms"]
+    mla = block["MLA auto, compiled"]["ms"]
+    times = found["sections"]["rollout"]["mla"]["over_dense"]
+    return (f"{times:.2f} times those of the same model with dense attention, which turns "
+            f"{wan.dim} channels of each key at every read (MLA: {wan.rope}); a dense block whose "
+            f"keys are stored rotated takes {rotated / mla:.2f} times as long as MLA's "
+            f"({rotated:.1f} ms, {mla:.1f} ms); {found['device']}")
+
+
 def claims() -> str:
     """What the paper says, and what is found here. Claims for which there is no result are left
     out."""
-    found = results(BENCH)["sections"]
-    judged = {}
-    for verdict in results("spectrum.json")["verdicts"]:
-        judged[verdict["claim"]] = word(verdict)
+    bench = results(BENCH)
+    spectrum = results("spectrum.json")
+    verdict_list = judged()
 
-    def verdict_on(words: str) -> str:
-        (said,) = [said for claim, said in judged.items() if words in claim]
-        return said
+    def verdict_on(words: str) -> dict:
+        (one,) = [verdict for verdict in verdict_list if words in verdict["claim"]]
+        return one
 
-    def both(first: str, second: str) -> str:
-        return f"both {first}" if first == second else f"{first}; {second}"
-
-    cache = found["memory"]["wan1.3b"]
-    batch = found["batch"]
+    cache = bench["sections"]["memory"]["wan1.3b"]
+    batch = bench["sections"]["batch"]
     times = batch["mla, all at once"]["videos"] / batch["dense, all at once"]["videos"]
-    block = found["block"]
+    block = bench["sections"]["block"]
     absorbed = block["MLA absorbed, compiled"]["ms"] / block["MLA materialised, compiled"]["ms"]
-    speed = found["rollout"]["mla"]["over_dense"]
+    rollouts = verdict_on("long rollouts")
+    (survival,) = rollouts["intervals"].values()
     return markdown(["the paper", "here"], [
         ["92.7 % less cache a token and layer",
          f"{100 * cache['saved']:.1f} %, of the buffers that exist"],
-        ["1.23 times the frames/s, which is over LongSANA; 1.33 over dense Self-Forcing",
-         f"{speed:.2f} times those of the same model with dense attention"],
-        ["8.0 times as many videos fit a GPU", f"{times:.1f} times"],
-        ["Appendix E: inference absorbs, and forms no keys and values",
-         f"a block takes {absorbed:.2f} times as long as with keys and values formed"],
-        ["trained attention is not low-rank; cut to C, its rank is set by C",
-         both(verdict_on("is not low-rank"), verdict_on("sets the rank"))],
-        ["its best E / 8 directions keep 46 % of the energy", verdict_on("about 46 %")],
-        ["cut to E / 8, quality stays", f"{verdict_on('long rollouts')} in long rollouts, "
-         f"{verdict_on('true past')} after a true past"],
+        ["1.23 times the frames/s (of another model, LongSANA); by its table 1.33 times those "
+         "of dense Self-Forcing; B200", speed(bench)],
+        ["8.0 times as many videos fit a B200",
+         f"{times:.1f} times as many fit an {bench['device']}"],
+        ["Appendix E: inference absorbs, and forms no keys and values (its D.4 forms them)",
+         f"absorbing, a block takes {absorbed:.2f} times as long as with keys and values formed"],
+        ["trained attention is not low-rank; cut to C, the rank of M = [W_UK; W_UV] W_DKV is set "
+         "by C", f"the first: {in_words(verdict_on('is not low-rank'))}; the second: "
+         f"{in_words(verdict_on('sets the rank'))}"],
+        ["its best E / 8 directions keep 46 % of the energy of [W_K; W_V] (here: of the squared "
+         "singular values)",
+         f"{in_words(verdict_on('about 46 %'))}: {energy_kept(spectrum['found'])}"],
+        ["cut to E / 8, quality stays",
+         f"survival in rollouts of {spectrum['plan']['frames']} frames: {in_words(rollouts)} "
+         f"({shown(survival)}). After a true past: {in_words(verdict_on('true past'))} "
+         f"({gaps_after_a_true_past()})"],
     ])
 
 

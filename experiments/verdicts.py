@@ -54,8 +54,9 @@ def decide(conditions: dict[str, list[float]], low: float = -math.inf, high: flo
     all lie in [low, high].
 
     reproduced      the interval of every condition lies inside
-    not reproduced  that of at least one lies outside, wholly cannot be told  anything else; or
-    a need is not met, that is, the measurement could not have come out otherwise
+    not reproduced  that of at least one lies outside, wholly
+    cannot be told  anything else; or a need is not met, that is, the measurement could not have
+                    come out otherwise
     """
     found = {name: interval(values) for name, values in conditions.items()}
     inside = True
@@ -188,7 +189,7 @@ def keeps_quality(found: dict, where: str, keys: tuple[str, ...], share: str) ->
     after_cut = mean_gap(found, "converted", C, keys)
     after_tuning = mean_gap(found, "tuned", narrow, keys)
     return Claim(
-        f"cut to C = E / 8 and tuned, MLA keeps the quality {where}",
+        f"cut to C = E / 8 and tuned, MLA keeps the quality {where} ({' and '.join(keys)})",
         f"share of {share} within 0.10 of dense attention that was trained as long",
         gap(found, "tuned", C, keys),
         low=-0.10,
@@ -270,6 +271,8 @@ def either_start_ends_alike(found: dict) -> Claim:
 
 
 def bottleneck_sets_the_rank(found: dict) -> Claim:
+    """How far M moved was kept at one C alone, E / 8. So this claim has the need of those above,
+    which asks it of all four runs there."""
     widths = [width for width in found["widths"] if width <= found["E"] // 4]
 
     def growth(ranks: dict[str, float]) -> float:
@@ -282,6 +285,7 @@ def bottleneck_sets_the_rank(found: dict) -> Claim:
         {"slope": [growth(ranks) for ranks in found["rank_by_width"]]},
         low=0.9,
         high=1.1,
+        needs=latents_moved(found),
         noise=noise,
         control=f"products of noise {noise:.3f}",
     )

@@ -370,6 +370,7 @@ def test_weights_that_training_left_alone_prove_nothing():
 
     found["budget"]["Muon"]["random"][2][-1]["moved"] = 0.1
     assert verdict(found, "after training") == OPEN
+    assert verdict(found, "sets the rank") == OPEN
     assert verdict(found, "before training") == REPRODUCED
 
 
