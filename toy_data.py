@@ -86,6 +86,35 @@ def decode_caption(ids) -> str:
     return " ".join(word for word in spoken if word)
 
 
+def check_words(caption: torch.Tensor, data: str) -> None:
+    """ValueError, one line, for a word that a model of the world `data` has never seen."""
+    for slot, words in enumerate(words_of(data)):
+        word = WORDS[caption[slot]]
+        if word and word not in words:
+            seen = " ".join(sum(words_of(data), ())) or "none at all"
+            raise ValueError(f"a model of {data} has never seen the word {word!r}; "
+                             f"it knows: {seen}")
+
+
+def fill_in(caption: torch.Tensor, data: str, seed: int) -> torch.Tensor:
+    """A caption [3] of the world `data`, the words that it leaves open drawn at random.
+
+    That is what leaving a word out means: words are independent, so videos of "red disc" are
+    those of "slow red disc" and of "fast red disc", half of each. (Training with words left out
+    teaches the model to trust the past more than the speed word.) The null caption stays, since
+    training drops whole captions. A seed draws the same words each time.
+    """
+    if not caption.any():
+        return caption
+    generator = torch.Generator().manual_seed(seed)
+    filled = caption.clone()
+    for slot, words in enumerate(words_of(data)):
+        share = torch.rand((), generator=generator)         # drawn even where it is not used
+        if words and caption[slot] == 0:
+            filled[slot] = WORDS.index(words[int(share * len(words))])
+    return filled
+
+
 # ---- the geometry --------------------------------------------------------------------------
 
 # All are shares of the frame. What moves is the centre of a box that every shape fits in.
@@ -195,6 +224,7 @@ class Shapes(Clips):
     """One coloured shape bounces on black, at a constant speed, all directions alike."""
     half_box = HALF_BOX
     colours = tuple(COLOURS)[:HUES]
+    things = SHAPES
     paces = tuple(SPEEDS)
 
     def __init__(self, name: str, frames: int, size: int, seed: int):
@@ -282,6 +312,7 @@ class Digits(Shapes):
     """
     half_box = 0.3
     colours = tuple(COLOURS)
+    things = DIGITS
 
     def __init__(self, name: str, frames: int, size: int, seed: int):
         super().__init__(name, frames, size, seed)
@@ -307,6 +338,14 @@ class Digits(Shapes):
 
 
 WORLDS = {"shapes": Shapes, "digits": Digits, "occluder": Occluder}
+
+
+def words_of(data: str) -> tuple[tuple[str, ...], ...]:
+    """The words that captions of the world `data` use, by slot; none for your own clips."""
+    if data not in WORLDS:
+        return ((),) * CAPTION_SLOTS
+    world = WORLDS[data]
+    return world.colours, world.things, world.paces
 
 
 def make_world(name: str, frames: int = 12, size: int = 16, seed: int = 0) -> Clips:

@@ -3,9 +3,10 @@
     python -m experiments.captions --json results/captions.json
 
 A caption of the shapes world names a colour, a shape and a speed, or leaves any of them out. For
-each of the eight subsets of the three, videos are made with random words of it. Judged are the
-last 12 of 120 frames: is a subject alive, and does the frame show what was said
-(`metrics.caption_match`)? A video counts if that holds in at least 90 % of these frames.
+each of the eight subsets of the three, videos are made with random words of it. sample.py draws
+the words that are left out (toy_data.fill_in); with --as-said the model is told the caption as
+it is. Judged are the last 12 of 120 frames: is a subject alive, and does the frame show what was
+said (`metrics.caption_match`)? A video counts if that holds in 90 % of these frames.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from engine.checkpoint import load_model
 from engine.command_line import check_bounds, default_device, pick_device, provenance, run
 from flow import SAMPLERS, GuidedStream, Stream, VideoDraws, rollout
 from metrics import caption_match
-from toy_data import HUES, SHAPES, SLOTS, SPEEDS, WORDS
+from toy_data import WORDS, fill_in, words_of
 
 PARTS = ("colour", "shape", "speed")
 LAST = 12                              # frames that are judged
@@ -29,8 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def sayable() -> list[list[int]]:
     """The ids of the words that the shapes world uses, for each place of a caption."""
-    words = [SLOTS[0][:HUES], SHAPES, tuple(SPEEDS)]
-    return [[WORDS.index(word) for word in part] for part in words]
+    ids = []
+    for words in words_of("shapes"):
+        ids.append([WORDS.index(word) for word in words])
+    return ids
 
 
 def captions_with(said: tuple[int, ...], number: int, seed: int) -> Tensor:
@@ -45,9 +48,10 @@ def captions_with(said: tuple[int, ...], number: int, seed: int) -> Tensor:
     return captions
 
 
-def judge(model, captions: Tensor, frames: int, seed: int, guidance: float, how: dict) -> dict:
-    """What videos with these captions show over their last frames."""
-    stream = Stream(model, captions)
+def judge(model, captions: Tensor, told: Tensor, frames: int, seed: int, guidance: float,
+          how: dict) -> dict:
+    """What the last frames of videos show of their captions, when the model was `told` these."""
+    stream = Stream(model, told)
     if guidance != 1:
         stream = GuidedStream(stream, Stream(model, torch.zeros_like(captions)), guidance)
     draws = VideoDraws(seed, len(captions))
@@ -68,13 +72,18 @@ def measure(args: argparse.Namespace) -> None:
     model.to(device)
     how = SAMPLERS[about["stage"]]
     found = {**provenance(device), "checkpoint": about, "videos": args.videos,
-             "frames": args.frames, "seed": args.seed, "subsets": []}
+             "frames": args.frames, "seed": args.seed, "filled_in": not args.as_said,
+             "subsets": []}
     for guidance in (1.0, 3.0):
         for words in range(len(PARTS) + 1):
             for said in itertools.combinations(range(len(PARTS)), words):
                 name = " + ".join(PARTS[place] for place in said) or "nothing said"
                 captions = captions_with(said, args.videos, args.seed)
-                shown = judge(model, captions, args.frames, args.seed, guidance, how)
+                told = captions
+                if not args.as_said:
+                    told = torch.stack([fill_in(caption, "shapes", args.seed + i)
+                                        for i, caption in enumerate(captions)])
+                shown = judge(model, captions, told, args.frames, args.seed, guidance, how)
                 found["subsets"].append({"said": name, "guidance": guidance, **shown})
                 print(f"guidance {guidance:g}   {name:<24} videos {100 * shown['videos']:5.1f} %"
                       f"   frames {100 * shown['frames']:5.1f} %", flush=True)
@@ -88,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--checkpoint", default=str(ROOT / "checkpoints/toy.pt"), help="of the shapes world")
     flag("--videos", type=int, default=64, help="for each subset of words")
     flag("--frames", type=int, default=120)
+    flag("--as-said", action="store_true", help="tell the model the caption as it is")
     flag("--seed", type=int, default=0)
     flag("--device", default=default_device())
     flag("--json", metavar="PATH", help="write what was found")

@@ -1,5 +1,6 @@
 """Properties of toy_data.py: a clip is a function of (seed, index) and shows its caption."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -168,3 +169,54 @@ def test_bad_captions_are_explained(text, says):
     with pytest.raises(ValueError, match=says) as caught:
         td.encode_caption(text)
     assert "\n" not in str(caught.value)
+
+
+# ---- captions with words left out ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", ["shapes", "occluder", "digits"])
+def test_words_that_are_left_out_are_drawn_and_those_said_are_kept(data):
+    """For every subset of words: what is said stays, the rest are words of this world, each about
+    as often as any other; a seed draws the same; nothing said stays nothing."""
+    words = td.words_of(data)
+    full = torch.tensor([td.WORDS.index(part[0]) for part in words])
+    for said in itertools.product((0, 1), repeat=3):
+        caption = full * torch.tensor(said)
+        filled = torch.stack([td.fill_in(caption, data, seed) for seed in range(300)])
+        if not any(said):
+            assert not filled.any(), "the null caption is a caption of its own"
+            continue
+        for slot in range(3):
+            found = {td.WORDS[i] for i in filled[:, slot].tolist()}
+            if said[slot]:
+                assert found == {words[slot][0]}
+                continue
+            assert found == set(words[slot]), f"{data}: {found} for a word that was left out"
+            counts = filled[:, slot].bincount()
+            assert counts.max() < 0.65 * 300, "one word is drawn much more often than others"
+        assert torch.equal(filled[7], td.fill_in(caption, data, 7))
+
+
+def test_a_word_that_is_left_open_stays_the_same_when_others_change():
+    """The speed of "red disc" is that of "blue disc", for one seed: a caption may be switched."""
+    for seed in range(20):
+        red = td.fill_in(td.encode_caption("red disc"), "shapes", seed)
+        blue = td.fill_in(td.encode_caption("blue square"), "shapes", seed)
+        assert red[2] == blue[2] > 0
+
+
+@pytest.mark.parametrize("data, text, word", [
+    ("shapes", "white disc", "white"), ("shapes", "red seven", "seven"),
+    ("digits", "red disc", "disc"), ("clips.npy", "red", "red")])
+def test_a_word_that_a_model_has_never_seen_is_refused_by_name(data, text, word):
+    with pytest.raises(ValueError, match=f"never seen the word '{word}'"):
+        td.check_words(td.encode_caption(text), data)
+
+
+def test_words_of_a_world_are_those_of_its_clips():
+    for data in ("shapes", "occluder", "digits"):
+        _, captions = td.make_world(data).batch(range(400))
+        for slot, words in enumerate(td.words_of(data)):
+            seen = {td.WORDS[i] for i in captions[:, slot].tolist()}
+            assert seen == set(words), f"{data}: its clips say {seen}"
+            td.check_words(captions[0], data)
