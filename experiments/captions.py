@@ -2,11 +2,12 @@
 
     python -m experiments.captions --json results/captions.json
 
-A caption of the shapes world names a colour, a shape and a speed, or leaves any of them out. For
-each of the eight subsets of the three, videos are made with random words of it. sample.py draws
-the words that are left out (toy_data.fill_in); with --as-said the model is told the caption as
-it is. Judged are the last 12 of 120 frames: is a subject alive, and does the frame show what was
-said (`metrics.caption_match`)? A video counts if that holds in 90 % of these frames.
+A caption of the shapes world names a colour, a shape and a speed, or leaves any of them out.
+For each of the eight subsets of the three, videos are made with random words of it. sample.py
+draws the words that are left out (toy_data.fill_in); with --as-said the model is told the
+caption as it is. Judged are the last 12 of 120 frames: is a subject alive, and does the frame
+show what was said (`metrics.caption_match`)? A video counts if that holds in 90 % of these
+frames.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def captions_with(said: tuple[int, ...], number: int, seed: int) -> Tensor:
 
 def judge(model, captions: Tensor, told: Tensor, frames: int, seed: int, guidance: float,
           how: dict) -> dict:
-    """What the last frames of videos show of their captions, when the model was `told` these."""
+    """What the last frames show of the captions, when the model was `told` these."""
     stream = Stream(model, told)
     if guidance != 1:
         stream = GuidedStream(stream, Stream(model, torch.zeros_like(captions)), guidance)
@@ -58,7 +59,7 @@ def judge(model, captions: Tensor, told: Tensor, frames: int, seed: int, guidanc
     kept = []                          # the last chunks alone: a video may be long
     for chunk in rollout(stream, frames, draws, **how):
         kept.append(chunk.float().cpu())
-        kept = kept[-2 - LAST // chunk.shape[1]:]          # two more, to tell a speed at the start
+        kept = kept[-2 - LAST // chunk.shape[1]:]          # two more: a speed takes frames
     video = torch.cat(kept, dim=1)
     match = caption_match(video, captions)[:, -LAST:].float()          # [B, LAST]
     videos = match.mean(dim=1) >= 0.9
@@ -85,8 +86,8 @@ def measure(args: argparse.Namespace) -> None:
                                         for i, caption in enumerate(captions)])
                 shown = judge(model, captions, told, args.frames, args.seed, guidance, how)
                 found["subsets"].append({"said": name, "guidance": guidance, **shown})
-                print(f"guidance {guidance:g}   {name:<24} videos {100 * shown['videos']:5.1f} %"
-                      f"   frames {100 * shown['frames']:5.1f} %", flush=True)
+                shares = [f"{part} {100 * share:5.1f} %" for part, share in shown.items()]
+                print(f"guidance {guidance:g}   {name:<24}", *shares, flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
 
