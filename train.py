@@ -8,7 +8,8 @@ distillation, distribution matching.
     python train.py --data clips.npy           your own clips
     python train.py --attention dense          the baseline: the same model, standard attention
     python train.py --deterministic            the same bits every time
-    python train.py --resume --steps 4000      go on from out/train.pt up to 4000 steps in all
+    python train.py --resume                   go on from out/train.pt, with its flags
+    python train.py --resume --steps 4000      the same, up to 4000 steps in all
 
 objectives.py says what each stage minimises. Here is how: the recipe, a step of each stage, the
 loop, and the command line. engine/trainer.py makes a step exact, resumable and fast, and
@@ -19,28 +20,30 @@ import argparse
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from engine.clips import open_world
-from engine.command_line import (as_user_error, between_steps, check_bounds,
-                                 default_device, pick_device, provenance, repeatable, run)
+from engine.command_line import (UserError, as_user_error, between_steps, check_bounds,
+                                 default_device, pick_device, provenance, read_flags,
+                                 repeatable, run)
 from engine.judging import cache_line
 from engine.muon import Muon
 from engine.parallel import (any_of, join, mean_over_processes, my_device, processes, rank,
                              recordable, say, shard)
-from engine.run_files import (check_flags, check_memory, check_nothing_is_lost, finish, judge,
-                              load_state, make_config, read_losses, report, save,
-                              starting_weights)
+from engine.progress import Progress
+from engine.run_files import (as_begun, asked_for, check_flags, check_memory,
+                              check_nothing_is_lost, check_resumable, finish, judge, kept,
+                              make_config, read_losses, read_state, report, save, sole_writer,
+                              starting_weights, trainable)
 from engine.trainer import (Resumable, blend, compiled, fast_products, frozen_copy,
                             rename_window, reopen_window, side_by_side)
 from flow import FEW_STEPS, SAMPLERS, Stream
-from mla_video import PRESETS, Config, VideoDiT
+from mla_video import Config, VideoDiT
 from objectives import (consistency_loss, critic_loss, dmd_gradient, dmd_loss, score_loss,
                         self_rollout, teacher_forcing_loss)
 
@@ -333,15 +336,15 @@ class Trainer(Resumable):
 
 # ---- the loop --------------------------------------------------------------------------------
 
-def train(trainer: Trainer, out: Path, curve: int = 0,
-          save_every: int | None = None) -> list[dict]:
+def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int | None = None,
+          workers: int | None = None) -> list[dict]:
     """Run up to recipe.steps in all.
 
     Saves train.pt at once (what cannot be written is better known now), every `save_every`
-    steps, at the end, and on Ctrl-C or SIGTERM. With `curve`, judges 64 rollouts every so many
-    steps and returns what it found. trainer.seconds counts training with its saves, and not the
-    judging. UserError that names the loss that went first if training diverges; then train.pt is
-    the last good one.
+    steps, at the end, and when asked to stop (Ctrl-C, SIGTERM, SIGHUP). With `curve`, judges 64
+    rollouts every so many steps and returns what it found. `workers` processes draw the clips.
+    trainer.seconds counts training with its saves, and not the judging. UserError that names
+    the loss that went first if training diverges; then train.pt is the last good one.
     """
     steps = trainer.recipe.steps
     found = []
@@ -350,15 +353,15 @@ def train(trainer: Trainer, out: Path, curve: int = 0,
         save_every = 250 if trainer.device.type == "cpu" else 1000
     if trainer.step == 0:
         save(trainer, out)
-    bar = tqdm(total=steps, initial=trainer.step, desc=f"training {trainer.recipe.stage}",
-               dynamic_ncols=True, disable=rank() > 0)
+    progress = Progress(f"training {trainer.recipe.stage}", steps, trainer.step,
+                        shown=rank() == 0)
     start = time.perf_counter() - trainer.seconds
-    with between_steps() as signals, bar:
-        for step, (x0, caption) in enumerate(trainer.batches(), start=trainer.step + 1):
+    with between_steps() as signals, progress:
+        for step, (x0, caption) in enumerate(trainer.batches(workers), start=trainer.step + 1):
             trainer.update(x0, caption)
-            bar.update()
             if step % 10 == 0 or step == steps:            # to read losses waits for the GPU
-                bar.set_postfix(read_losses(trainer, out))
+                progress.note(read_losses(trainer, out))
+            progress.advance()
             trainer.seconds = time.perf_counter() - start
             if step % save_every == 0 or step == steps:
                 save(trainer, out)
@@ -378,10 +381,22 @@ def train_from(args: argparse.Namespace) -> None:
     """Everything is checked before anything is written. UserError for what the user can
     mend."""
     check_bounds(args, steps=(1, 10**9), batch=(1, 2**16), evaluate=(0, 10_000),
-                 curve=(0, 10**9), save_every=(1, 10**9), seed=(0, 2**31))
+                 curve=(0, 10**9), save_every=(1, 10**9), seed=(0, 2**31), workers=(0, 64))
     device = pick_device(my_device(args.device))
+    args.machine = device.type
     join(device)
     out = Path(args.out)
+    with sole_writer(out):
+        state = None
+        if args.resume:
+            state = read_state(out / "train.pt")
+            args = as_begun(args, state)
+        train_stages(args, state, device)
+
+
+def train_stages(args: argparse.Namespace, state: dict | None, device: torch.device) -> None:
+    """The stages that are asked for, from the start, or from `state` on."""
+    path = Path(args.out) / "train.pt"
     config = make_config(args)
     check_memory(config, device, processes() if args.shard else 1)
     with as_user_error():
@@ -390,15 +405,15 @@ def train_from(args: argparse.Namespace) -> None:
     stages = [args.stage]
     if args.stage == "all":
         stages = list(STAGES)
-    recipes = {stage: make_recipe(args, stage, device) for stage in stages}
-    check_flags(args, recipes, world)
-    state = None
-    if args.resume:
-        state = load_state(out / "train.pt", recipes, config, world)
-        reached = STAGES.index(state["recipe"]["stage"])
-        stages = [stage for stage in stages if STAGES.index(stage) >= reached]
+    recipes = {stage: make_recipe(args, stage) for stage in stages}
+    if state is None:
+        check_nothing_is_lost(path, recipes)
     else:
-        check_nothing_is_lost(out / "train.pt", recipes)
+        check_resumable(path, state, args, stages, config, world)
+        reached = state["recipe"]["stage"]
+        recipes[reached] = recipe_to_go_on(args, state)
+        stages = stages[stages.index(reached):]
+    check_flags(args, recipes, world)
     any_of(False, device)                  # process 0 writes when all have seen what was there
     with fast_products(), repeatable(args.deterministic, device):
         for stage in stages:
@@ -407,14 +422,41 @@ def train_from(args: argparse.Namespace) -> None:
             state = None
 
 
-def make_recipe(args: argparse.Namespace, stage: str, device: torch.device) -> Recipe:
+def make_recipe(args: argparse.Namespace, stage: str) -> Recipe:
     """`recipe_for` with what the command line sets, and its own value where it sets nothing."""
     given = {"seed": args.seed}
     for name in ("steps", "batch"):
         value = getattr(args, name)
         if value is not None:
             given[name] = value
-    return recipe_for(stage, device, **given)
+    return recipe_for(stage, torch.device(args.machine), **given)
+
+
+def recipe_to_go_on(args: argparse.Namespace, state: dict) -> Recipe:
+    """That of train.pt, whatever machine this is, up to --steps if they are given.
+
+    With other --steps the rate is that of a run of so many from here on: past the end of a run
+    it rises again, and falls once more. (Twice the steps of a toy run so brought its loss from
+    0.28 to 0.23; at the last rate, to 0.26; an unbroken run of that length reaches 0.21. The
+    average gets no worse meanwhile.)
+    """
+    saved = state["recipe"]
+    kinds = {name: type(value) for name, value in asdict(Recipe()).items()}
+    if kinds != {name: type(value) for name, value in saved.items()}:
+        raise UserError("the recipe in train.pt is of another version of this program")
+    old = Recipe(**saved)
+    new = old
+    if "steps" in args.given:
+        new = replace(old, steps=args.steps)
+    step = state["step"]
+    if step >= new.steps:
+        say(f"stage {new.stage} is at its end, step {step} of {new.steps} (further: more "
+            "--steps)")
+    elif new.steps != old.steps:
+        say(f"{new.steps} steps instead of {old.steps}: the learning rate is now that of a run "
+            f"of {new.steps}, and goes from {rate_at(step, old):.0%} of its peak to "
+            f"{rate_at(step, new):.0%}")
+    return new
 
 
 def train_stage(args: argparse.Namespace, recipe: Recipe, config: Config, world,
@@ -433,26 +475,31 @@ def train_stage(args: argparse.Namespace, recipe: Recipe, config: Config, world,
                                                 STARTS[stage], world)
     backend = "inductor" if args.compile else None
     trainer = Trainer(model, recipe, world, device, score, args.shard, backend)
+    trainer.asked = asked_for(args, world)
     if state is not None:
         trainer.restore(state)
     about = provenance(device)         # now: a long run must name the commit it started from
     out.mkdir(parents=True, exist_ok=True)
     weights = sum(weight.numel() for weight in model.parameters())
+    where = device.type
+    if args.machine != where:
+        where += f", by train.pt's recipe, which is for {args.machine}"
     say(f"{stage}: {config.attention} {args.preset}, {weights:,} parameters; "
         f"{recipe.batch} clips of {config.frames} frames a step from {world.name}; "
-        f"{device.type}; starts from {origin}")
+        f"{where}; starts from {origin}")
     if world.reads:
         say(f"data         {world.reads}")
     say(cache_line(trainer.model, 1))
     curve = args.curve
     if stage not in SAMPLERS:                              # a score model cannot stream
         curve = 0
-    found = train(trainer, out, curve, args.save_every)
-    finish(trainer, out)
-    trainer.close()
-    if rank() == 0:
-        about |= {"deterministic": args.deterministic, "curve": found}
-        report(trainer, out, args.evaluate, about)
+    with kept(trainer, out):
+        found = train(trainer, out, curve, args.save_every, args.workers)
+        finish(trainer, out)
+        trainer.close()
+        if rank() == 0:
+            about |= {"deterministic": args.deterministic, "curve": found}
+            report(trainer, out, args.evaluate, about)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -481,7 +528,7 @@ def add_what(add) -> None:
     add("--border", action="store_true",
         help="put whole frames of your clips into a black border, instead of cutting out their "
              "centre")
-    add("--preset", default="toy", choices=tuple(PRESETS), help="size of the model")
+    add("--preset", default="toy", choices=trainable(), help="size of the model")
     add("--config", action="append", default=[], metavar="NAME=N",
         help="another size, e.g. window=6; may be repeated")
     add("--out", default="out", help="folder for everything that is written")
@@ -490,7 +537,9 @@ def add_what(add) -> None:
              "there; OUT/tf.pt for cd, OUT/cd.pt for dmd)")
     add("--score", metavar="PATH", help="score model that dmd needs (default: OUT/score.pt)")
     add("--resume", action="store_true",
-        help="go on from the checkpoint in --out, up to --steps in all")
+        help="go on from the checkpoint in --out, with the flags that it was begun with, up to "
+             "--steps in all; more steps than before make a longer schedule, whose learning "
+             "rate is higher at first")
 
 
 def add_how(add) -> None:
@@ -510,6 +559,9 @@ def add_how(add) -> None:
         help="judge 64 rollouts every so many steps, too; 0: never")
     add("--save-every", type=int, metavar="STEPS",
         help="steps between two saves of train.pt (default: 250 on a CPU, 1000 on a GPU)")
+    add("--workers", type=int, metavar="N",
+        help="processes that draw clips, besides the one that trains (default: 0 on a CPU, 4 "
+             "on a GPU)")
     add("--shard", action="store_true",
         help="with torchrun: divide weights and optimisers among the processes, too")
     add("--compile", action="store_true",
@@ -523,7 +575,7 @@ def add_how(add) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line; `argv` None takes the process' own. Input that it cannot use is said in
     one line, exit code 2."""
-    run(train_from, make_parser().parse_args(argv))
+    run(train_from, read_flags(make_parser(), argv))
 
 
 if __name__ == "__main__":

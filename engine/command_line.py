@@ -9,11 +9,14 @@ traceback, exit code 1. So a ValueError is turned into a `UserError` where input
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,36 +60,92 @@ def check_bounds(args: argparse.Namespace, **bounds: tuple[float, float]) -> Non
 
 # ---- running ---------------------------------------------------------------------------------
 
+def read_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """What the parser makes of `argv` (None: the process' own), and in `given` the names of the
+    flags that stand in it: their values are asked for, the others are defaults."""
+    args = parser.parse_args(argv)
+    # argparse writes a default only where nothing stands yet.
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))
+    found = vars(parser.parse_args(argv, blank))
+    args.given = {name for name, value in found.items() if value is not None}
+    return args
+
+
 def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """action(args) as a command line.
 
-    What is `MENDABLE` is said in one line, exit code 2. Ctrl-C is no error, and SIGTERM is a
-    Ctrl-C; after both the exit code is 128 + the signal's number, as shells count. Anything
-    else is a mistake in the program, and keeps its traceback.
+    What is `MENDABLE` is said in one line, exit code 2. What asks it to stop (`STOPS`) is no
+    error: it raises a KeyboardInterrupt of the signal's number and, if there is more to say, a
+    line. The exit code is then 128 + the number, as shells count. Anything else is a mistake in
+    the program, and keeps its traceback.
     """
-    def terminate(number, frame):
+    def stop(number, frame):
         raise KeyboardInterrupt(number)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    _acted[0] = -math.inf
+    with on_stop(stop):
+        try:
+            action(args)
+        except MENDABLE as error:
+            words = str(error).split() or ["out", "of", "memory"]  # a MemoryError says nothing
+            tell("error: " + " ".join(words))              # in one line, whatever it quotes
+            sys.exit(2)
+        except KeyboardInterrupt as stopped:
+            number, *words = stopped.args or (signal.SIGINT,)
+            tell("\n" + "; ".join(["stopped", *words]))
+            sys.exit(128 + number)
+
+
+def tell(line: str) -> None:
+    """Print to stderr; nothing happens if nobody is there any more."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+# ---- signals ---------------------------------------------------------------------------------
+
+# What asks a process to end: Ctrl-C; `timeout`, schedulers and containers; a terminal that
+# closes. (Windows has no SIGHUP.)
+STOPS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):
+    STOPS.append(signal.SIGHUP)
+TOGETHER = 1.0                 # seconds, within which signals are one request
+_acted = [-math.inf]           # when a signal was last acted on
+
+
+@contextlib.contextmanager
+def on_stop(handler: Callable) -> Iterator[None]:
+    """Within it handler(number, frame) is called for signals of `STOPS`.
+
+    A second one within a second is the same request: `timeout` sends SIGTERM twice, and so do
+    torchrun and its scheduler. What the process was told to ignore (by nohup) stays ignored.
+    Only a program's main thread may handle signals: in another nothing is changed, since they
+    are the business of whoever started it.
+    """
+    def once(number, frame):
+        now = time.monotonic()
+        if now - _acted[0] >= TOGETHER:
+            _acted[0] = now
+            handler(number, frame)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPS:
+            # None is a handler that Python did not set, and could not set again.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, once)
     try:
-        action(args)
-    except MENDABLE as error:
-        words = str(error).split() or ["out", "of", "memory"]      # a MemoryError says nothing
-        print("error:", *words, file=sys.stderr)           # in one line, whatever it quotes
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print("\nstopped", file=sys.stderr)
-        number = stop.args[0] if stop.args else signal.SIGINT
-        sys.exit(128 + number)
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextlib.contextmanager
 def between_steps() -> Iterator[list[int]]:
-    """Within it Ctrl-C and SIGTERM wait until a training step is whole: weights saved at once
-    would be half-way between two steps. Yields the list of signals so far. A second one does
-    not wait."""
+    """Within it whatever asks to stop waits until a training step is whole: weights saved at
+    once would be half-way between two steps. Yields the list of signals so far. A second
+    request does not wait."""
     asked = []
 
     def ask(number, frame):
@@ -94,14 +153,8 @@ def between_steps() -> Iterator[list[int]]:
             raise KeyboardInterrupt(number)
         asked.append(number)
 
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, ask)
-    try:
+    with on_stop(ask):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---- the device ------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine.progress import watched
 from flow import Draws, GuidedStream, Stream, rollout
 from metrics import survival_report
 from mla_video import VideoDiT
@@ -28,14 +29,18 @@ StreamOf = Callable[[VideoDiT, Tensor], Stream | GuidedStream]
 
 
 def evaluate(model: VideoDiT, captions: Tensor, frames: int, seed: int, *,
-             stream_of: StreamOf = Stream, **how) -> dict[str, float]:
+             stream_of: StreamOf = Stream, watch: str = "", **how) -> dict[str, float]:
     """`metrics.survival_report` of the end of one rollout per caption.
 
-    `how` goes to `rollout`: sampler and steps.
+    `how` goes to `rollout`: sampler and steps. With a name to `watch` it by, it shows how far
+    it has come.
     """
     stream = stream_of(model, captions)
     draws = Draws(torch.Generator().manual_seed(seed))
-    chunks = [chunk.float().cpu() for chunk in rollout(stream, frames, draws, **how)]
+    made = rollout(stream, frames, draws, **how)
+    if watch:
+        made = watched(made, watch, frames)
+    chunks = [chunk.float().cpu() for chunk in made]
     video = torch.cat(chunks, dim=1)                       # [B, F, 3, h, w]
     return survival_report(video, captions)
 
@@ -44,7 +49,8 @@ def report_survival(model: VideoDiT, rollouts: int, frames: int, seed: int, *,
                     stream_of: StreamOf = Stream, **how) -> dict[str, float]:
     """Print and return what `evaluate` finds for the captions of `rollouts` unseen clips."""
     captions = unseen_captions(rollouts, seed)
-    report = evaluate(model, captions, frames, seed, stream_of=stream_of, **how)
+    watch = f"judging {rollouts} rollouts, frames"
+    report = evaluate(model, captions, frames, seed, stream_of=stream_of, watch=watch, **how)
     clips = frames / model.config.frames
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in report.items())
     print(f"{rollouts} rollouts of {frames} frames ({clips:.0f}x the training clip), "

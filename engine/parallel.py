@@ -62,7 +62,7 @@ def join(device: torch.device) -> None:
 def say(line: str) -> None:
     """Print a line once, and not N times: process 0 speaks for all."""
     if rank() == 0:
-        print(line)
+        print(line, flush=True)
 
 
 # ---- a part for each -------------------------------------------------------------------------

@@ -6,9 +6,13 @@
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
+import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
@@ -18,42 +22,66 @@ import torch
 from engine.checkpoint import load_model, previous, read_last_good, save_model, write_atomically
 from engine.command_line import UserError, as_user_error
 from engine.judging import PROMPTS, evaluate, report_survival, unseen_captions
+from engine.loader import WorkerDied
+from engine.locks import lock
 from engine.parallel import processes, rank
+from engine.progress import watched
 from engine.trainer import Resumable
 from engine.video_files import GifWriter, to_pixels
 from flow import SAMPLERS, Draws, Stream, rollout
 from mla_video import PRESETS, Config, VideoDiT
 from objectives import score_loss, teacher_forcing_loss
-from toy_data import CAPTION_SLOTS, WORDS, encode_caption
+from toy_data import CAPTION_SLOTS, WORDS, WORLDS, encode_caption
 
 STAGES = ("score", *SAMPLERS)                              # a score model cannot stream
-STATE = {"config", "recipe", "data", "step", "seconds", "learner", "critic", "frozen", "videos",
-         "ema", "losses", "recent"}
+STATE = {"config", "recipe", "asked", "step", "seconds", "learner", "critic", "frozen",
+         "videos", "ema", "losses", "recent"}
+# The flags that a run is begun with and keeps: --resume takes them from train.pt.
+KEPT = {"stage": str, "data": str, "layout": (str, type(None)), "border": bool, "preset": str,
+        "attention": str, "config": list, "steps": (int, type(None)),
+        "batch": (int, type(None)), "seed": int, "deterministic": bool}
+# And what train.pt holds besides: the kind of device that the recipe is for, and which data it
+# was, whatever its file is called.
+ASKED = {**KEPT, "machine": str, "fingerprint": str}
 
 
 # ---- may it begin? ---------------------------------------------------------------------------
 
+def trainable() -> list[str]:
+    """The presets that train.py can train."""
+    return [name for name, preset in PRESETS.items() if fits_the_data(preset)]
+
+
+def fits_the_data(config: Config) -> bool:
+    return config.height == config.width and config.channels == 3
+
+
 def make_config(args: argparse.Namespace) -> Config:
     """The preset, with --attention and every --config NAME=N."""
-    preset = PRESETS[args.preset]
+    sizes = read_sizes(args.config)
+    with as_user_error():
+        config = replace(PRESETS[args.preset], attention=args.attention, words=len(WORDS),
+                         slots=CAPTION_SLOTS, **sizes)
+    if not fits_the_data(config):
+        raise UserError("the data makes square RGB frames; the config wants "
+                        f"{config.channels} x {config.height} x {config.width}")
+    return config
+
+
+def read_sizes(items: list[str]) -> dict[str, int]:
+    """The NAME=N of --config; UserError for anything else."""
     sizes = []
-    for name, value in asdict(preset).items():
+    for name, value in asdict(Config()).items():
         if isinstance(value, int) and name not in ("words", "slots"):
             sizes.append(name)
     chosen = {}
-    for item in args.config:
+    for item in items:
         name, _, value = item.partition("=")
         if name not in sizes or not value.lstrip("-").isdigit():
             raise UserError(f"--config takes NAME=N with one of {', '.join(sizes)}; "
                             f"got {item!r}")
         chosen[name] = int(value)
-    with as_user_error():
-        config = replace(preset, attention=args.attention, words=len(WORDS),
-                         slots=CAPTION_SLOTS, **chosen)
-    if config.height != config.width or config.channels != 3:
-        raise UserError("the data makes square RGB frames; the config wants "
-                        f"{config.channels} x {config.height} x {config.width}")
-    return config
+    return chosen
 
 
 def check_flags(args: argparse.Namespace, recipes: dict, world) -> None:
@@ -142,6 +170,11 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
     needed = {"stage": " or ".join(names), "data": world.name, **asdict(config)}
     if found["stage"] in allowed:
         needed["stage"] = found["stage"]
+    if "fingerprint" in about:             # the same clips may have another name, or a name others
+        found["data"] = f"{found['data']} ({about['fingerprint']})"
+        needed["data"] = f"{world.name} ({world.fingerprint})"
+        if about["fingerprint"] == world.fingerprint:
+            needed["data"] = found["data"]
     for what, theirs in found.items():
         if theirs != needed[what]:
             raise UserError(f"stage {stage} cannot start from {path}: its {what} is {theirs}, "
@@ -151,36 +184,84 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
 
 # ---- going on --------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Within it no other run writes to `out`. Process 0 writes for all, so it has the lock."""
+    with contextlib.ExitStack() as held:
+        if rank() == 0:
+            held.enter_context(lock(out))
+        yield
+
+
+def asked_for(args: argparse.Namespace, world) -> dict:
+    """What train.pt holds of the flags, so that --resume need not be given them again."""
+    kept = {name: getattr(args, name) for name in KEPT}
+    return {**kept, "machine": args.machine, "fingerprint": world.fingerprint}
+
+
+def as_begun(args: argparse.Namespace, state: dict) -> argparse.Namespace:
+    """The flags that are given now, and else those that the run was begun with."""
+    asked = state["asked"]
+    flags = dict(vars(args))
+    for name in KEPT:
+        if name not in args.given:
+            flags[name] = asked[name]
+    if "config" in args.given:             # a size that is not named again is no contradiction
+        flags["config"] = [*asked["config"], *args.config]
+    data = flags["data"]
+    if "data" not in args.given and data not in WORLDS and not Path(data).exists():
+        raise UserError(f"the run in {args.out} was trained on {data!r}, and there is no such "
+                        "file now: name where it is with --data")
+    flags["machine"] = asked["machine"]
+    return argparse.Namespace(**flags)
+
+
 def read_state(path: Path) -> dict:
     """The training state at `path`, or the one saved before it; UserError if it is none."""
+    if not path.exists() and not previous(path).exists():
+        raise UserError(f"there is no checkpoint at {path}, so no run to go on with: begin one "
+                        "without --resume, or name the folder of another with --out")
     state = read_last_good(path, STATE)
     recipe = state["recipe"]
     good = isinstance(state["config"], dict) and isinstance(recipe, dict)
     if good:
         numbers = [state["step"], recipe.get("steps"), recipe.get("batch"), recipe.get("seed")]
         whole = all(type(number) is int for number in numbers)
-        good = whole and recipe.get("stage") in STAGES
+        good = whole and recipe.get("stage") in STAGES and were_flags(state["asked"])
     if not good:
-        raise UserError(f"{path} is not a training state: its config, recipe or step is not of "
-                        "a run of this program")
+        raise UserError(f"{path} is not a training state: its config, recipe, flags or step is "
+                        "not of a run of this program")
     return state
 
 
-def load_state(path: Path, recipes: dict, config: Config, world) -> dict:
-    """The training state at `path`, if it is a run of one of these recipes {stage: recipe}, and
-    of this config and data; UserError otherwise."""
-    state = read_state(path)
+def were_flags(asked) -> bool:
+    """Is it something that `asked_for` can have said?"""
+    if not isinstance(asked, dict) or asked.keys() != ASKED.keys():
+        return False
+    if not all(isinstance(asked[name], kind) for name, kind in ASKED.items()):
+        return False
+    stages = (*STAGES, "all")
+    return (asked["stage"] in stages and asked["preset"] in PRESETS
+            and asked["machine"] in ("cpu", "cuda", "mps"))
+
+
+def check_resumable(path: Path, state: dict, args: argparse.Namespace, stages: list[str],
+                    config: Config, world) -> None:
+    """UserError that names both sides if a flag contradicts the run at `path`."""
     theirs = state["recipe"]
-    stage = theirs["stage"]
-    if stage not in recipes:
-        raise UserError(f"cannot resume {path}: it is at stage {stage}, and you ask for "
-                        f"{' '.join(recipes)}")
-    mine = recipes[stage]
+    asked = state["asked"]
+    if theirs["stage"] not in stages:
+        raise UserError(f"cannot resume {path}: it is at stage {theirs['stage']}, and you ask "
+                        f"for {' '.join(stages)}")
     check_same(path, "config", state["config"], asdict(config))
-    check_same(path, "data", state["data"], world.name)
-    check_same(path, "batch", theirs["batch"], mine.batch)
-    check_same(path, "seed", theirs["seed"], mine.seed)
-    return state
+    check_same(path, "seed", theirs["seed"], args.seed)
+    if args.batch is not None:
+        check_same(path, "batch", theirs["batch"], args.batch)
+    # Which clips they are decides, and not what their file is called.
+    if world.fingerprint != asked["fingerprint"]:
+        raise UserError(f"cannot resume {path}: it was trained with data {asked['data']!r} of "
+                        f"fingerprint {asked['fingerprint']}, and what is in {args.data!r} now "
+                        f"has {world.fingerprint}: these are other clips")
 
 
 def check_same(path: Path, what: str, theirs, mine) -> None:
@@ -223,7 +304,31 @@ def save(trainer: Resumable, out: Path) -> None:
     state = trainer.state()
     if rank() == 0:
         write_atomically(out / "train.pt", state, keep=True)
+    trainer.saved = trainer.step
     trainer.saving += time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def kept(trainer: Resumable, out: Path) -> Iterator[None]:
+    """If what goes on in it is stopped, the user is told what is saved and how to go on. If a
+    worker died, that is saved first: it is known between two steps."""
+    try:
+        yield
+    except WorkerDied as error:
+        if processes() == 1:               # the others, of several, wait for this one's part
+            save(trainer, out)
+        raise UserError(f"{error}; {how_to_go_on(trainer, out)}, and if it dies again with "
+                        "--workers 0") from error
+    except KeyboardInterrupt as stop:
+        if rank() != 0 or trainer.saved is None:
+            raise
+        number = stop.args[0] if stop.args else signal.SIGINT
+        raise KeyboardInterrupt(number, how_to_go_on(trainer, out)) from None
+
+
+def how_to_go_on(trainer: Resumable, out: Path) -> str:
+    return (f"saved at step {trainer.saved}; go on with: python train.py --resume "
+            f"--out {shlex.quote(str(out))}")
 
 
 def read_losses(trainer: Resumable, out: Path) -> dict[str, str]:
@@ -243,7 +348,8 @@ def judge(trainer: Resumable) -> dict:
     stage = trainer.recipe.stage
     seed = trainer.recipe.seed
     frames = 10 * trainer.model.config.frames
-    found = evaluate(trainer.ema, unseen_captions(64, seed), frames, seed, **SAMPLERS[stage])
+    found = evaluate(trainer.ema, unseen_captions(64, seed), frames, seed,
+                     watch="judging 64 rollouts, frames", **SAMPLERS[stage])
     return {"step": trainer.step, "seconds": round(trainer.seconds, 1), **found}
 
 
@@ -261,7 +367,8 @@ def finish(trainer: Resumable, out: Path) -> None:
         names.append("model")
     for name in names:
         save_model(out / f"{name}.pt", trainer.ema, data=trainer.world.name,
-                   stage=recipe.stage, steps=trainer.step, seed=recipe.seed)
+                   fingerprint=trainer.world.fingerprint, stage=recipe.stage,
+                   steps=trainer.step, seed=recipe.seed)
 
 
 def draw_losses(trainer: Resumable, path: Path) -> None:
@@ -317,7 +424,8 @@ def write_sample(trainer: Resumable, path: Path) -> None:
     frames = 10 * trainer.model.config.frames
     gif = GifWriter(path)
     how = SAMPLERS[trainer.recipe.stage]
-    for chunk in rollout(Stream(trainer.ema, captions), frames, draws, **how):
+    made = rollout(Stream(trainer.ema, captions), frames, draws, **how)
+    for chunk in watched(made, f"writing {path.name}, frames", frames):
         gif.append(to_pixels(chunk))
 
 
@@ -347,9 +455,9 @@ def report(trainer: Resumable, out: Path, rollouts: int, about: dict) -> None:
         "processes": processes(), "threads": torch.get_num_threads(),
         "loss_by_noise": by_noise, "rollouts": rollouts, "survival": judged}
     (out / f"report_{stage}.json").write_text(json.dumps(figures, indent=1))
-    files = ", ".join(sorted(path.name for path in out.iterdir()))
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {out} now: "
-          f"{files}")
+          f"{', '.join(names)}")
     if stage in SAMPLERS:
         print(f"next: python sample.py --checkpoint {out / 'model.pt'} --frames 480 "
               f"--out {out / 'long.gif'}")

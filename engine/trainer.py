@@ -10,7 +10,6 @@ import copy
 import functools
 import gc
 import math
-import signal
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,10 +18,10 @@ from statistics import mean
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from cache import RollingCache
 from engine.command_line import UserError
+from engine.loader import Batches, batches
 from engine.parallel import (SharedDraws, all_parts, like, my_part, processes, recordable,
                              whole)
 from flow import Draws
@@ -247,28 +246,6 @@ def reopen_window(cache: RollingCache, buffers: tuple[Tensor, ...]) -> None:
     cache.seen = age_at_the_horizon(cache)
 
 
-# ---- data ------------------------------------------------------------------------------------
-
-class Batches(Dataset):
-    """Clips and captions by the number of their step. It holds no trainer: worker processes
-    must not inherit a GPU."""
-
-    def __init__(self, world, batch: int):
-        self.world = world
-        self.batch = batch
-        self.part = my_part(batch)
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        clips = range(step * self.batch, (step + 1) * self.batch)
-        return self.world.batch(clips[self.part])
-
-
-def begin_worker(worker: int) -> None:
-    """Ctrl-C reaches every process; the main one saves and ends, and its workers with it."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 # ---- the run ---------------------------------------------------------------------------------
 
 class Resumable:
@@ -287,6 +264,8 @@ class Resumable:
         self.step = 0                                      # steps done
         self.seconds = 0.0                                 # of training, with its saves
         self.saving = 0.0                                  # seconds of saves since the start
+        self.saved = None                                  # the step of the last save
+        self.asked = {}                    # flags of the run, plain values: run_files.asked_for
         self.losses = defaultdict(list)                    # {name: [(step, mean of ten)]}
         self.recent = []                                   # (step, name, loss) since then
         self.videos = None                                 # dmd: captions and cache under way
@@ -301,14 +280,15 @@ class Resumable:
         """Clips [B, F, ...] and captions [B, S] of a step."""
         return Batches(self.world, self.recipe.batch)[step]
 
-    def batches(self) -> DataLoader:
-        """Those of every step from now to the last."""
-        # A GPU takes them faster than one process draws them.
-        workers = 4 if self.device.type == "cuda" else 0
-        return DataLoader(
-            Batches(self.world, self.recipe.batch), batch_size=None,
-            sampler=range(self.step, self.recipe.steps), num_workers=workers,
-            pin_memory=workers > 0, worker_init_fn=begin_worker)
+    def batches(self, workers: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of every step from now to the last, drawn by so many processes besides this one.
+        UserError if one of them dies."""
+        cuda = self.device.type == "cuda"
+        if workers is None:
+            workers = 4 if cuda else 0     # a GPU takes them faster than one process draws them
+        steps = range(self.step, self.recipe.steps)
+        pin = cuda and workers > 0
+        return batches(self.world, self.recipe.batch, steps, workers, pin)
 
     def to_device(self, part: Tensor) -> Tensor:
         return part.to(self.device, non_blocking=True)
@@ -366,7 +346,7 @@ class Resumable:
         return whole({
             "config": asdict(self.model.config),
             "recipe": asdict(self.recipe),
-            "data": self.world.name,
+            "asked": self.asked,
             "step": self.step,
             "seconds": self.seconds,
             "losses": dict(self.losses),
@@ -396,7 +376,7 @@ class Resumable:
         if self.critic:
             restore_learner(self.critic, state["critic"])
             self.videos = self._my_videos(state["videos"])
-        self.step = int(state["step"])
+        self.step = self.saved = int(state["step"])
         self.seconds = float(state["seconds"])
         self.losses = defaultdict(list)
         for name, pairs in state["losses"].items():

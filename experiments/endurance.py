@@ -27,6 +27,7 @@ import torch
 
 from engine.checkpoint import load_model
 from engine.command_line import provenance
+from engine.progress import counted
 from engine.video_files import GifWriter, to_pixels
 from flow import Draws, Stream, rollout
 from toy_data import encode_caption
@@ -82,7 +83,7 @@ def watch(model, frames: int, steps: int) -> dict:
     most = 0
     with tempfile.TemporaryDirectory() as folder:
         old = Video(model, steps, Path(folder, "endless.gif"))
-        for i in range(chunks):
+        for i in counted(range(chunks), "streaming, chunks"):
             times[i] = old.grow()
             if i % 1000 == 0:
                 young = young_video(model, steps, Path(folder, "young.gif"))
@@ -113,6 +114,21 @@ def watch(model, frames: int, steps: int) -> dict:
     }
 
 
+def verdict(report: dict) -> str:
+    """What the figures say of the claim, in a sentence."""
+    frames = report["frames"]
+    first, *_, last = report["time_against_a_young_video_by_tenth"]
+    grown = mebibytes(report["memory_growth_kib"])
+    most = mebibytes(report["peak_memory_growth_kib"])
+    return (f"{frames:,} frames: in the last tenth a chunk took {last:.2f} times as long as one "
+            f"of a young video (in the first {first:.2f}); since frame 1,000 the memory changed "
+            f"by {grown}, and by {most} at most")
+
+
+def mebibytes(kib: int) -> str:
+    return f"{kib / 1024:+.1f} MiB"
+
+
 def tenths(values: array) -> list[array]:
     edges = [i * len(values) // 10 for i in range(11)]
     return [values[start:end] for start, end in zip(edges, edges[1:])]
@@ -140,9 +156,12 @@ def main(argv: list[str] | None = None) -> dict:
     model, _ = load_model(args.checkpoint)
     report |= watch(model, args.frames, args.steps)
     text = json.dumps(report, indent=1)
-    print(text)
     if args.json:
         args.json.write_text(text)
+        print(f"wrote {args.json}")
+    else:
+        print(text)
+    print(verdict(report))
     return report
 
 

@@ -41,6 +41,7 @@ from attention import MLA, attend_materialised
 from engine.command_line import (UserError, as_user_error, check_bounds, pick_device, provenance,
                                  run)
 from engine.judging import evaluate
+from engine.progress import Progress
 from engine.trainer import fast_products
 from experiments import rank
 from experiments.spectrum_figure import draw
@@ -143,11 +144,14 @@ def fit(model: VideoDiT, plan: Plan, optimiser: str, steps: int, world, seed: in
         due |= {10**exponent, 2 * 10**exponent, 5 * 10**exponent}
 
     curve = []
-    for step in range(steps + 1):
-        if step in due:
-            curve.append({"step": step, **probe(trainer.model)})
-        if step < steps:
-            trainer.update(*trainer.batch(trainer.step))
+    name = f"seed {seed % 100}, {model.config.attention} model with {optimiser}"
+    with Progress(name, steps, passing=True) as progress:
+        for step in range(steps + 1):
+            if step in due:
+                curve.append({"step": step, **probe(trainer.model)})
+            if step < steps:
+                trainer.update(*trainer.batch(trainer.step))
+                progress.advance()
     trainer.read_losses()                                  # raises if it diverged
     trainer.close()
     return trainer.ema, curve

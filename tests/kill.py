@@ -2,15 +2,20 @@
 the weights at the end are those of a run that nobody disturbed.
 
     python tests/kill.py --kills 100
+    python tests/kill.py --kills 20 --signal TERM --workers 2
 
 Trains a tiny model once in peace. Then starts the same run again and again, each time killing it
-(SIGKILL: no handler runs, no buffer is flushed) after a random time, and goes on with --resume
-until it is finished; and starts over until there were enough kills. After every kill: the step of
-the last good save is no earlier than before, and no further from the last step shown than a save
-interval.
+after a random time, and goes on with --resume until it is finished; and starts over until there
+were enough kills. After every kill: the step of the last good save is no earlier than before, and
+no further from the last step shown than a save interval.
+
+A SIGKILL is for the process that trains: no handler runs, no buffer is flushed. Any other signal
+is for its whole process group, as `timeout`, schedulers and containers send it: the processes
+that draw clips get it, too. Then no step may be lost, and none of them may be left.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -26,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402
+from engine import progress  # noqa: E402
 from engine.checkpoint import previous, read_last_good  # noqa: E402
 from engine.command_line import provenance  # noqa: E402
 
@@ -36,12 +42,17 @@ SMALL = [f"--config={name}={size}" for name, size in SIZES.items()]
 
 def start(out: Path, log: Path, flags: list[str]) -> int:
     """`python train.py flags`, as a child whose imports are done: a kill then meets training and
-    not the loading of torch. Returns its process number."""
+    not the loading of torch. It leads a process group of its own. Returns its number."""
     child = os.fork()
     if child:
+        with contextlib.suppress(OSError):                 # whoever of the two is the first
+            os.setpgid(child, child)
         return child
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
+    progress.SECONDS = 0.0                                 # a line for every step
     code = 70
     try:
         train.main([*SMALL, "--batch=2", "--evaluate=0", "--device=cpu",
@@ -54,17 +65,32 @@ def start(out: Path, log: Path, flags: list[str]) -> int:
         os._exit(code)
 
 
-def wait_or_kill(child: int, seconds: float) -> int | None:
-    """The exit status of a child that ends in that time; else it is killed, and None."""
+def wait_or_kill(child: int, seconds: float, number: int) -> tuple[bool, int]:
+    """(was it killed?, the exit status) of a child that has so many seconds to end by itself."""
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return status
+            return False, status
         time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+    if number == signal.SIGKILL:
+        os.kill(child, number)
+    else:
+        os.killpg(child, number)
+    _, status = os.waitpid(child, 0)
+    return True, status
+
+
+def wait_for_group(group: int) -> None:
+    """AssertionError if a process of it lives for a long time yet."""
+    deadline = time.perf_counter() + 20
+    while time.perf_counter() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"a worker of process {group} outlives it")
 
 
 def saved_step(out: Path) -> int:
@@ -77,19 +103,21 @@ def saved_step(out: Path) -> int:
 class Killer:
     """Runs of the same training, killed and gone on with, and what was seen."""
 
-    def __init__(self, folder: Path, kills: int, steps: int, longest: float, stage: str,
-                 seed: int):
+    def __init__(self, folder: Path, args: argparse.Namespace):
         self.folder = folder
         self.log = folder / "log"
-        self.steps = steps
-        self.flags = [f"--steps={steps}", f"--stage={stage}"]
-        self.wanted = kills
-        self.longest = longest
-        self.dice = random.Random(seed)
+        self.steps = args.steps
+        self.flags = [f"--steps={args.steps}", f"--stage={args.stage}",
+                      f"--workers={args.workers}"]
+        self.wanted = args.kills
+        self.longest = args.longest
+        self.number = signal.Signals[f"SIG{args.signal}"]
+        self.dice = random.Random(args.seed)
         self.kills = 0
         self.rounds = 0
         self.in_training = 0               # others met the pictures and figures after the end
         self.in_saves = 0
+        self.answered = 0                  # by "saved at step ..."
         self.lost = []                     # steps that each kill cost
 
     def undisturbed(self) -> dict:
@@ -109,12 +137,15 @@ class Killer:
             flags = self.flags
             if before:
                 flags = [*flags, "--resume"]
-            status = wait_or_kill(start(out, self.log, flags), seconds)
-            if status is not None:
+            child = start(out, self.log, flags)
+            killed, status = wait_or_kill(child, seconds, self.number)
+            if not killed:
                 assert status == 0, f"restart after kill {self.kills} failed: {self.said()}"
                 self.rounds += 1
                 return read_last_good(out / "train.pt", {"ema"})
             before = self.after_a_kill(out, before)
+            if self.number != signal.SIGKILL:
+                self.check_answer(child, status, before)
 
     def after_a_kill(self, out: Path, before: int) -> int:
         """The step of the last good save, of which not less than `before` may be left."""
@@ -127,8 +158,24 @@ class Killer:
         self.in_saves += (out / "train.pt.part").exists()
         assert now >= before, (f"kill {self.kills}: step {before} was saved once, and now the "
                                f"last good save is of step {now}")
-        assert lost <= EVERY, f"kill {self.kills} cost {lost} steps; it saves every {EVERY}"
+        most = EVERY if self.number == signal.SIGKILL else 0
+        assert lost <= most, f"kill {self.kills} cost {lost} steps of at most {most}"
         return now
+
+    def check_answer(self, child: int, status: int, step: int) -> None:
+        """A run that was asked to stop says what it saved, and leaves no worker."""
+        wait_for_group(child)
+        said = self.said()
+        if os.WIFSIGNALED(status):         # before its first line, or after its last
+            begun = "training" in said
+            assert not begun or step == self.steps, f"kill {self.kills} was not heard: {said}"
+            return
+        code = os.WEXITSTATUS(status)
+        assert code in (0, 128 + self.number), f"kill {self.kills}: exit code {code}: {said}"
+        assert "Traceback" not in said and "Error" not in said, said
+        if "training" in said and code:
+            assert f"saved at step {step}; go on with" in said, said
+            self.answered += 1
 
     def compare(self, parts: dict, whole: dict) -> None:
         for name, value in whole["ema"].items():
@@ -152,6 +199,8 @@ def main(argv: list[str] | None = None) -> dict:
     add("--steps", type=int, default=3000, help="steps of the run")
     add("--longest", type=float, default=1.2, help="seconds that a run lives at most")
     add("--stage", default="tf")
+    add("--signal", default="KILL", choices=("KILL", "TERM", "INT", "HUP"))
+    add("--workers", type=int, default=0, help="processes that draw clips")
     add("--seed", type=int, default=0, help="of the moments")
     add("--json", type=Path)
     args = parser.parse_args(argv)
@@ -159,13 +208,13 @@ def main(argv: list[str] | None = None) -> dict:
     origin = provenance(torch.device("cpu"))
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        killer = Killer(Path(folder), args.kills, args.steps, args.longest, args.stage,
-                        args.seed)
+        killer = Killer(Path(folder), args)
         whole = killer.undisturbed()
         while killer.kills < args.kills or killer.rounds == 0:
             killer.compare(killer.disturbed(), whole)
     report = {
-        **origin, "stage": args.stage, "kills": killer.kills, "good_restarts": killer.kills,
+        **origin, "stage": args.stage, "signal": args.signal, "workers": args.workers,
+        "answered": killer.answered, "kills": killer.kills, "good_restarts": killer.kills,
         "runs_finished": killer.rounds, "kills_in_training": killer.in_training,
         "kills_within_a_save": killer.in_saves, "steps": args.steps, "save_every": EVERY,
         "most_steps_lost": max(killer.lost), "mean_steps_lost": round(mean(killer.lost), 1),

@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,6 +124,190 @@ def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkeypatc
     train.main([*FLAGS, "--steps=8", f"--out={parts}", "--resume"])
     train.main([*FLAGS, "--steps=8", f"--out={tmp_path / 'whole'}"])
     assert same(saved(tmp_path / "whole"), saved(parts))
+
+
+# ---- what a run was begun with -----------------------------------------------------------------
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Pictures and figures take longer than these runs."""
+    monkeypatch.setattr(train, "report", lambda *_: None)
+
+
+def write_clips(path: Path, seed: int) -> None:
+    """Two clips of noise, as a file of one's own."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (2, 13, 16, 16, 3), dtype=np.uint8)
+    np.save(path, pixels)
+
+
+def refused(capsys, argv: list[str]) -> str:
+    """The one line with which train.py refuses these flags."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2, lines
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def begin_and_break_off(out: Path, monkeypatch, flags: list[str], step: int) -> None:
+    """A run that is stopped after so many steps."""
+    plain = Trainer.update
+
+    def update(self, *batch):
+        if self.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Trainer, "update", update)
+        train.main([*flags, f"--out={out}"])
+    assert read_checkpoint(out / "train.pt", {"step"})["step"] == step
+
+
+def test_resume_needs_no_flag_again(tmp_path, monkeypatch, capsys, no_report):
+    """Data, batch, config, seed, attention, steps and --deterministic are those of train.pt, and
+    the stages that follow are those that were asked for."""
+    data = tmp_path / "clips.npy"
+    write_clips(data, 0)
+    flags = [*SMALL, "--batch=3", "--device=cpu", "--steps=6", "--seed=7", "--attention=dense",
+             "--deterministic", f"--data={data}", "--stage=all"]
+    flags.remove("--config=latent=8")
+    parts = tmp_path / "parts"
+    whole = tmp_path / "whole"
+    begin_and_break_off(parts, monkeypatch, flags, 4)
+    train.main(["--resume", f"--out={parts}", "--device=cpu"])
+    assert "starts from train.pt" in capsys.readouterr().out
+    train.main([*flags, f"--out={whole}"])
+    assert same(saved(whole), saved(parts))
+    assert read_checkpoint(parts / "train.pt", set())["recipe"]["stage"] == "dmd"
+    train.main(["--resume", f"--out={parts}", *flags])     # all of them again: no contradiction
+    assert same(saved(whole), saved(parts))
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--batch=3", ("batch 2", "3")),
+    ("--seed=1", ("seed 0", "1")),
+    ("--attention=dense", ("mla", "dense")),
+    ("--config=latent=4", ("{'latent': 8}", "{'latent': 4}")),
+    ("--preset=small", ("{'height': 16, 'width': 16}", "{'height': 32, 'width': 32}")),
+    ("--data=digits", ("'shapes'", "'digits'")),
+    ("--stage=cd", ("at stage tf", "cd")),
+])
+def test_what_contradicts_the_run_is_refused_by_both_names(tmp_path, capsys, no_report, flag,
+                                                          words):
+    train.main([*FLAGS, "--steps=1", f"--out={tmp_path}"])
+    capsys.readouterr()
+    said = refused(capsys, ["--resume", f"--out={tmp_path}", flag])
+    for word in words:
+        assert word in said, said
+
+
+def test_data_are_what_they_hold_and_not_what_they_are_called(tmp_path, capsys, no_report):
+    """The same file renamed is the same data, for --resume and for the next stage; another file
+    of the same name is not."""
+    mine = tmp_path / "mine.npy"
+    write_clips(mine, 0)
+    out = tmp_path / "out"
+    train.main([*FLAGS, "--steps=1", f"--data={mine}", f"--out={out}"])
+    resume = ["--resume", f"--out={out}", "--steps=2"]
+    next_stage = [*FLAGS, "--stage=cd", "--steps=1", f"--start={out / 'tf.pt'}"]
+
+    write_clips(mine, 1)
+    capsys.readouterr()
+    said = refused(capsys, resume)
+    assert said.count("mine.npy") == 2 and "other clips" in said, said
+    there = [f"--data={mine}", f"--out={tmp_path / 'cd'}"]
+    assert "its data is mine.npy" in refused(capsys, [*next_stage, *there])
+
+    mine.unlink()
+    said = refused(capsys, resume)
+    assert "mine.npy" in said and "--data" in said, said
+
+    renamed = tmp_path / "renamed.npy"
+    write_clips(renamed, 0)
+    train.main([*resume, f"--data={renamed}"])
+    train.main(["--resume", f"--out={out}", "--steps=3"])  # and now that is its name
+    assert read_checkpoint(out / "train.pt", set())["step"] == 3
+    train.main([*next_stage, f"--data={renamed}", f"--out={tmp_path / 'cd'}"])
+
+
+def test_the_recipe_is_that_of_train_pt_on_any_machine(tmp_path, monkeypatch, capsys, no_report):
+    """A GPU's run goes on with a GPU's rates, batch and average on a CPU, and says so; also in
+    the stages that follow."""
+    train.main([*FLAGS, "--steps=2", "--stage=all", f"--out={tmp_path}"])
+    path = tmp_path / "train.pt"
+    state = torch.load(tmp_path / "train.pt", weights_only=True)
+    seen = []
+
+    def train_stage(args, recipe, *others):
+        seen.append((recipe, args.machine))
+
+    gpu = recipe_for("cd", torch.device("cuda"), batch=2)
+    state["recipe"] = asdict(gpu)
+    state["asked"] |= {"machine": "cuda", "steps": None}
+    torch.save(state, path)
+    monkeypatch.setattr(train, "train_stage", train_stage)
+    train.main(["--resume", f"--out={tmp_path}", "--device=cpu"])
+    dmd = recipe_for("dmd", torch.device("cuda"), batch=2)
+    assert seen == [(gpu, "cuda"), (dmd, "cuda")]
+    assert gpu != recipe_for("cd", CPU, batch=2), "this comparison could not fail"
+
+
+def test_a_recipe_of_another_machine_is_said(tmp_path, capsys, no_report):
+    train.main([*FLAGS, "--steps=2", f"--out={tmp_path}"])
+    path = tmp_path / "train.pt"
+    state = torch.load(path, weights_only=True)
+    state["asked"]["machine"] = "cuda"
+    torch.save(state, path)
+    capsys.readouterr()
+    train.main(["--resume", f"--out={tmp_path}"])
+    assert "cpu, by train.pt's recipe, which is for cuda;" in capsys.readouterr().out
+
+
+def test_more_steps_say_what_becomes_of_the_rate(tmp_path, capsys, no_report):
+    """At the end of 60 steps the rate is 5 % of its peak; of 600 it would be all of it still."""
+    train.main([*FLAGS, "--steps=60", f"--out={tmp_path}"])
+    capsys.readouterr()
+    train.main(["--resume", f"--out={tmp_path}"])
+    said = capsys.readouterr().out
+    assert "stage tf is at its end, step 60 of 60 (further: more --steps)" in said
+    train.main(["--resume", f"--out={tmp_path}", "--steps=61"])
+    said = capsys.readouterr().out
+    assert "61 steps instead of 60: the learning rate is now that of a run of 61" in said
+    assert "from 5% of its peak to 7%" in said, said
+    train.main(["--resume", f"--out={tmp_path}"])          # the new number stays
+    assert "step 61 of 61" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part, value", [
+    ("asked", {}), ("asked", None), ("recipe", {"stage": "tf", "steps": 2, "batch": 2, "seed": 0}),
+    ("stage", "flow"), ("preset", "large"), ("config", "latent=8"), ("machine", "abacus"),
+])
+def test_a_state_that_never_was_is_refused(tmp_path, capsys, no_report, part, value):
+    train.main([*FLAGS, "--steps=1", f"--out={tmp_path}"])
+    path = tmp_path / "train.pt"
+    state = torch.load(path, weights_only=True)
+    owner = state if part in state and part != "config" else state["asked"]
+    owner[part] = value
+    torch.save(state, path)
+    capsys.readouterr()
+    refused(capsys, ["--resume", f"--out={tmp_path}"])
+
+
+def test_nothing_to_resume_names_what_train_py_has(tmp_path, capsys):
+    """It said --checkpoint, which is a flag of sample.py."""
+    said = refused(capsys, ["--resume", f"--out={tmp_path / 'nowhere'}"])
+    assert "there is no checkpoint" in said and "--out" in said
+    assert "--checkpoint" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_presets_that_cannot_be_trained_are_not_offered(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--preset=wan1.3b"])
+    _, offered = capsys.readouterr().err.split("invalid choice: 'wan1.3b'")
+    assert "toy" in offered and "small" in offered and "wan" not in offered
 
 
 # ---- the same bits every time ----------------------------------------------------------------
@@ -243,8 +428,10 @@ def test_a_damaged_newest_save_costs_its_interval_and_not_the_run(tmp_path, caps
     assert same(saved(tmp_path), whole)
 
 
-def test_three_kills_and_as_many_good_restarts():
+@pytest.mark.parametrize("flags", [[], ["--signal=TERM", "--workers=2"]])
+def test_three_kills_and_as_many_good_restarts(flags):
     """`python tests/kill.py` in short."""
-    command = [sys.executable, "tests/kill.py", "--kills=3", "--steps=120", "--longest=1.5"]
+    command = [sys.executable, "tests/kill.py", "--kills=3", "--steps=120", "--longest=1.5",
+               *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]

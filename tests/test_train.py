@@ -137,6 +137,7 @@ def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path):
     with fast_products():                                  # as train.py has them
         for _ in range(3):
             take_step(trainer)
+    trainer.asked = read_checkpoint(tmp_path / "parts" / "train.pt", set())["asked"]
     write_atomically(tmp_path / "parts" / "train.pt", trainer.state())
     run_train(tmp_path / "parts", "--steps=8", "--evaluate=0", "--resume")
     whole = read_checkpoint(tmp_path / "whole" / "train.pt", set())
