@@ -1,4 +1,4 @@
-"""Stream a video out of a trained model, into a GIF or PNG files that grow with it.
+"""Stream a video out of a trained model, into a file that grows with it.
 
     python sample.py
         plays checkpoints/toy.pt: 120 frames of four captions, side by side
@@ -6,36 +6,45 @@
         one caption, four times as long, attention by another route
     python sample.py --prompt "red disc" --prompt "48: blue disc"
         one video, whose caption changes at frame 48
-    python sample.py --frames 0 --pictures
-        without end until Ctrl-C, a PNG file a frame
+    python sample.py --start clip.mp4 --prompt "red disc" --out more.mp4
+        goes on from the frames of a clip or a picture of your own
+    python sample.py --frames 0 --live
+        without end until Ctrl-C, and drawn in the terminal meanwhile
     python sample.py --checkpoint out/model.pt --evaluate 64
         exact metrics over 64 rollouts
 
 The loop over chunks is `flow.rollout`. What the flags add is added around it: compiled passes
-and guidance are other kinds of stream (`open_stream`), and captions change between two chunks
-(`write`). tests/test_cli.py.
+and guidance are other kinds of stream (`open_stream`), a start is committed before the first
+chunk (`make`), and captions change between two chunks (`write`). tests/test_cli.py.
 """
 
 import argparse
-import re
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine.about import about_lines
 from engine.checkpoint import load_model
 from engine.command_line import (UserError, as_user_error, check_bounds, default_device,
                                  pick_device, run)
 from engine.judging import PROMPTS, cache_line, report_survival
+from engine.locks import lock
+from engine.progress import Progress
+from engine.prompts import captions_at, complete, never_shown, read_prompts
 from engine.routes import ROUTES, route_name, why_not_fused
+from engine.starts import go_on_from, read_start
 from engine.streaming import FastStream
-from engine.video_files import GifWriter, PictureWriter, to_pixels
-from flow import SAMPLERS, Draws, GuidedStream, Stream, consistency, euler, rollout
+from engine.switching import SWITCHES, Keep
+from engine.terminal import Screen, open_screen
+from engine.video_files import Writer, open_video, path_of, to_pixels
+from flow import SAMPLERS, GuidedStream, Stream, VideoDraws, consistency, euler, rollout
 from mla_video import VideoDiT
-from toy_data import WORDS, decode_caption, encode_caption
+from toy_data import CAPTION_SLOTS, WORDS, decode_caption
 
 TOY = Path(__file__).parent / "checkpoints/toy.pt"
 
@@ -49,34 +58,51 @@ def main(argv: list[str] | None = None) -> None:
 def play(args: argparse.Namespace) -> None:
     """Check, load, stream, write, report."""
     check_flags(args)
+    path = path_of(args.out, args.pictures)
     device = pick_device(args.device)
     model, about = open_model(args.checkpoint, device)
+    if args.about:
+        print("\n".join(about_lines(model, about)))
+        return
     check_route(args.route, model)
     how = sampling(args, about["stage"])
     if args.evaluate:
         judge(args, model, about, how)
         return
 
-    schedule = captions_by_frame(args, about)
+    start = frames_of_start(args, model)
+    frames = args.frames and args.frames + start.shape[1]
+    prompts = prompts_for(args, about)
+    schedule = captions_by_frame(prompts, model.config.chunk, frames)
+    with as_user_error():                          # the model may not know a word
+        schedule = complete(schedule, str(about.get("data")), args.seed)
     stream = open_stream(args, model, schedule[0])
-    with as_user_error():                          # --out may be no path at all
-        video = open_video(args)
-    start = time.perf_counter()
-    made = write(video, stream, schedule, args, how)
-    seconds = time.perf_counter() - start
+    screen = open_screen(stream.chunk_like()) if args.live else None
+    switch = SWITCHES[args.switch](stream, args.seed, **how)
 
-    written = video.path
-    if args.pictures:
-        written = video.path / "*.png"
-    videos = len(stream.caption)
-    frames_per_second = videos * made / seconds
+    begin = time.perf_counter()
+    with lock(path.parent, path.name):             # one process at a time writes a video
+        with as_user_error():                      # --out may be no path at all
+            video = open_video(path)
+        made = write(make(args, stream, start, how), frames, schedule, switch, video, screen)
+    seconds = time.perf_counter() - begin
+    report(args, model, how, schedule, made, seconds)
+    print(f"wrote        {video.path / '*.png' if args.pictures else video.path}")
+
+
+def report(args: argparse.Namespace, model: VideoDiT, how: dict, schedule: dict[int, Tensor],
+           made: int, seconds: float) -> None:
+    """Print what was made, how fast, and what the cache took."""
+    videos = len(schedule[0])
     for frame, captions in schedule.items():
-        print_captions(frame, captions)
+        if frame < made:
+            print_captions(frame, captions)
+    frames_per_second = videos * made / seconds
     print(f"speed        {frames_per_second:.1f} frames/s, everything included "
-          f"({videos} videos at once, {device.type}, {how['steps']} {how['sampler'].__name__} "
-          f"steps a chunk, route {route_name(model, videos, args.route)})")
+          f"({videos} videos at once, {model.embed.weight.device.type}, {how['steps']} "
+          f"{how['sampler'].__name__} steps a chunk, route "
+          f"{route_name(model, videos, args.route)})")
     print(cache_line(model, videos))
-    print(f"wrote        {written}")
 
 
 # ---- parse and check -------------------------------------------------------------------------
@@ -91,20 +117,29 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
          help='a caption such as "fast red disc"; given again, a second video; "48: blue '
               'square" is no video of its own but changes the caption of the one before it at '
               "frame 48")
+    flag("--switch", choices=tuple(SWITCHES), default="keep",
+         help="when a caption changes: keep the past as it is, recache it under the new "
+              "caption, or cut to another video")
+    flag("--start", metavar="FILE",
+         help="a clip (.gif, .mp4, .npy, ...) or a picture: the videos begin with its frames, "
+              "cut to squares")
+    flag("--layout", help="the axes of an array that --start names, e.g. NTHW")
     flag("--frames", type=int, default=120, help="frames to make; 0 streams until Ctrl-C")
     flag("--sampler", choices=("euler", "consistency"),
          help="default: what the checkpoint's stage was trained for")
-    flag("--steps", type=int,
-         help="passes per chunk; default: 12 after tf, 4 after cd and dmd")
-    flag("--guidance", type=float, default=1.0,
-         help="classifier-free guidance weight; 1 is off")
+    flag("--steps", type=int, help="passes per chunk; default: 12 after tf, 4 after cd and dmd")
+    flag("--guidance", type=float, default=1.0, help="classifier-free guidance weight; 1 is off")
     flag("--route", default="auto", choices=tuple(ROUTES),
          help="how attention is computed; the answer is the same")
-    flag("--out", default="out", help="a folder (for sample.gif) or the name of a .gif")
+    flag("--out", default="out",
+         help="a folder (for sample.gif) or a name that ends in .gif, .mp4 or .webm")
     flag("--pictures", action="store_true",
          help="write a PNG file for each frame, in the folder OUT/sample, instead of a GIF")
+    flag("--live", action="store_true", help="draw the video in the terminal as it is made")
     flag("--evaluate", type=int, default=0, metavar="N",
          help="print exact metrics over N rollouts instead of a GIF")
+    flag("--about", action="store_true",
+         help="print what the checkpoint is, and make no video")
     flag("--compile", action=argparse.BooleanOptionalAction, default=None,
          help="one compiled graph per pass, once the window is full; default: on a GPU yes, "
               "on a CPU no")
@@ -117,9 +152,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """What can be refused before anything is loaded."""
     check_bounds(args, frames=(0, 10**18), steps=(1, 1000), evaluate=(0, 10_000),
                  seed=(0, 2**63 - 1), guidance=(-1000, 1000))
-    if args.pictures and args.out.endswith(".gif"):
-        raise UserError(f"--pictures writes a folder of PNG files, and --out {args.out} names "
-                        "a GIF: give --out a folder")
+    if args.layout and not args.start:
+        raise UserError("--layout says what the axes of an array are that --start names")
     if args.evaluate:
         most = 2**20 // args.evaluate
         if not 12 <= args.frames <= most:
@@ -134,9 +168,10 @@ def open_model(path: str, device: torch.device) -> tuple[VideoDiT, dict]:
     """A checkpoint's model and the facts about its training; UserError if it cannot play."""
     model, about = load_model(path)
     c = model.config
-    if c.words < len(WORDS) or c.channels not in (1, 3):
-        raise UserError(f"{path} knows {c.words} words and makes frames of {c.channels} "
-                        f"channels; captions have {len(WORDS)} words, a GIF 1 or 3 channels")
+    if c.words < len(WORDS) or c.slots != CAPTION_SLOTS or c.channels not in (1, 3):
+        raise UserError(f"{path} knows {c.words} words, takes {c.slots} at a time and makes "
+                        f"frames of {c.channels} channels; here are {len(WORDS)} words, "
+                        f"{CAPTION_SLOTS} at a time, and 1 or 3 channels")
     stage = about.setdefault("stage", "tf")
     if stage not in SAMPLERS:
         raise UserError(f"{path} is a {stage} model: it sees past and future at once, so it "
@@ -166,42 +201,36 @@ def sampling(args: argparse.Namespace, stage: str) -> dict:
     return how
 
 
-def captions_by_frame(args: argparse.Namespace, about: dict) -> dict[int, Tensor]:
-    """The captions of --prompt, or else those that suit the data: {frame: captions [B, S] from
-    there on}, beginning with frame 0."""
-    prompts = [""] * 4
+def prompts_for(args: argparse.Namespace, about: dict) -> list[str]:
+    """Those of --prompt, or else some that suit the data, or the start."""
+    if args.prompt:
+        return args.prompt
+    if args.start:
+        return [""]                                # the clip says what is shown
     if about.get("data") == "shapes":
-        prompts = PROMPTS
+        return list(PROMPTS)
+    return [""] * 4
+
+
+def captions_by_frame(prompts: list[str], chunk: int, frames: int) -> dict[int, Tensor]:
+    """{frame: captions [B, S] from there on}, beginning with frame 0. What no chunk of the
+    video will be made under is said."""
     with as_user_error():
-        return read_prompts(args.prompt or prompts)
-
-
-def read_prompts(prompts: list[str]) -> dict[int, Tensor]:
-    """{frame: captions [B, S] from there on}, beginning with frame 0.
-
-    Each prompt is a video of its own. But one that begins with "FRAME:" changes the caption of
-    the video before it. ValueError for a word that is none.
-    """
-    captions = []
-    changes = []                                   # (frame, number of the video, caption)
-    for prompt in prompts:
-        parts = re.fullmatch(r"(?:\s*(\d+)\s*:)?(.*)", prompt, re.DOTALL)
-        frame, text = parts.groups()               # "48: blue" gives "48" and " blue"
-        caption = encode_caption(text)             # [S]
-        if frame is None:
-            captions.append(caption)
-        elif captions:
-            changes.append((int(frame), len(captions) - 1, caption))
-        else:
-            raise ValueError(f"prompt {prompt!r} changes the caption of the video before it, "
-                             "and there is none: give a prompt without a frame first")
-    now = torch.stack(captions)
-    schedule = {0: now}
-    for frame, number, caption in sorted(changes, key=lambda change: change[0]):
-        now = now.clone()
-        now[number] = caption
-        schedule[frame] = now
+        schedule = read_prompts(prompts)
+        for line in never_shown(prompts, chunk, frames):
+            print_aside(f"warning: prompt {line}")
     return schedule
+
+
+def frames_of_start(args: argparse.Namespace, model: VideoDiT) -> Tensor:
+    """The frames [1, F, channels, h, w] that --start names; F is 0 without it."""
+    c = model.config
+    if not args.start:
+        return torch.empty(1, 0, c.channels, c.height, c.width)
+    with as_user_error():
+        start, said = read_start(args.start, c, args.layout)
+    print(f"start        {said}")
+    return start
 
 
 # ---- stream and write ------------------------------------------------------------------------
@@ -228,38 +257,39 @@ def print_aside(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def open_video(args: argparse.Namespace) -> GifWriter | PictureWriter:
-    if args.out.endswith(".gif"):
-        return GifWriter(Path(args.out))
-    if args.pictures:
-        return PictureWriter(Path(args.out) / "sample")
-    return GifWriter(Path(args.out) / "sample.gif")
+def make(args: argparse.Namespace, stream: Stream | GuidedStream, start: Tensor,
+         how: dict) -> Iterator[Tensor]:
+    """The chunks of the videos, --frames of them after the frames of `start`, as soon as each
+    is made."""
+    draws = VideoDraws(args.seed, len(stream.caption))
+    if args.start:
+        return go_on_from(start, stream, args.frames, draws, **how)
+    return rollout(stream, args.frames, draws, **how)
 
 
-def write(video: GifWriter | PictureWriter, stream: Stream | GuidedStream,
-          schedule: dict[int, Tensor], args: argparse.Namespace, how: dict) -> int:
-    """Make --frames frames, each chunk under the captions of its first frame, and write each
-    chunk as soon as it is made. Returns how many frames were made, in whole chunks."""
-    draws = Draws(torch.Generator().manual_seed(args.seed))
+def write(chunks: Iterator[Tensor], frames: int, schedule: dict[int, Tensor], switch: Keep,
+          video: Writer, screen: Screen | None = None) -> int:
+    """Write each chunk as soon as it is made, `frames` frames in all, or what comes if 0; each
+    chunk is made under the captions of its first frame. Returns how many frames were made, in
+    whole chunks."""
     made = 0
     try:
-        for chunk in rollout(stream, args.frames, draws, **how):
-            pixels = to_pixels(chunk)
-            if args.frames:
-                pixels = pixels[:args.frames - made]       # the last chunk may be too long
-            video.append(pixels)
-            made += chunk.shape[1]
-            stream.caption = captions_at(made, schedule)
-            print(f"\r{made} frames", end="", file=sys.stderr)
+        with Progress("frames", frames, shown=screen is None) as progress:
+            for chunk in chunks:
+                pixels = to_pixels(chunk)
+                if frames:
+                    pixels = pixels[:frames - made]        # the last chunk may be too long
+                video.append(pixels)
+                if screen:
+                    screen.append(chunk)
+                made += chunk.shape[1]
+                switch.after(chunk, captions_at(made, schedule))
+                progress.advance(len(pixels))
     finally:
-        print(file=sys.stderr)
+        video.close()
+        if screen:
+            screen.close()
     return made
-
-
-def captions_at(frame: int, schedule: dict[int, Tensor]) -> Tensor:
-    """The latest captions that begin at `frame` or before."""
-    latest = max(start for start in schedule if start <= frame)
-    return schedule[latest]
 
 
 def print_captions(frame: int, captions: Tensor) -> None:

@@ -18,6 +18,7 @@ engine/clips.py makes a world of a file of your own.
 """
 
 import math
+import re
 from importlib import import_module
 from typing import NamedTuple
 
@@ -52,19 +53,24 @@ SLOTS = (tuple(COLOURS), SHAPES + DIGITS, tuple(SPEEDS))
 CAPTION_SLOTS = len(SLOTS)
 WORDS = ("",) + tuple(COLOURS) + SHAPES + DIGITS + tuple(SPEEDS)
 SLOT_OF = {word: slot for slot, words in enumerate(SLOTS) for word in words}
+UNHEARD = ("", "a", "an", "the", "and")
 
 
 def encode_caption(text: str) -> torch.Tensor:
     """"fast blue square", words in any order -> LongTensor [3] of ids (colour, thing, speed).
 
-    An id is 0 where the text names no such word. ValueError, one line, for a word outside
-    WORDS or for two words that compete for one slot.
+    An id is 0 where the text names no such word. "A fast, blue square" is the same, and so are
+    "squares". ValueError, one line, for a word outside WORDS or for two words that compete for
+    one slot.
     """
     ids = [0] * CAPTION_SLOTS
-    for word in text.lower().split():
+    for spoken in re.split(r"[\s,.;!?]+", text.lower()):
+        if spoken in UNHEARD:
+            continue
+        word = singular(spoken)
         if word not in SLOT_OF:
             known = " ".join(WORDS[1:])
-            raise ValueError(f"unknown word {word!r} in caption {text!r}; "
+            raise ValueError(f"unknown word {spoken!r} in caption {text!r}; "
                              f"the words are: {known}")
         slot = SLOT_OF[word]
         if ids[slot]:
@@ -74,6 +80,15 @@ def encode_caption(text: str) -> torch.Tensor:
                              f"give at most one of: {choice}")
         ids[slot] = WORDS.index(word)
     return torch.tensor(ids, dtype=torch.long)
+
+
+def singular(word: str) -> str:
+    """disc for discs, six for sixes; any other word as it is."""
+    for ending in ("s", "es"):
+        stem = word.removesuffix(ending)
+        if word not in SLOT_OF and stem in SLOT_OF:
+            return stem
+    return word
 
 
 def decode_caption(ids) -> str:

@@ -57,9 +57,12 @@ def write_atomically(path: Path, content: dict, keep: bool = False) -> None:
     """Write beside the target and rename over it: whatever happens, what was there stays until
     the new file is whole *on the disk*. OSError if it cannot be written.
 
+    Tensors are written as a CPU's, wherever they are: a plain torch.load opens the file on any
+    machine.
     With `keep` the file that was there becomes `previous(path)`. Between the two renames that
     is the only one, and `read_last_good` finds it.
     """
+    content = _on_cpu(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
     try:
@@ -79,6 +82,17 @@ def write_atomically(path: Path, content: dict, keep: bool = False) -> None:
         _sync_folder(path.parent)
 
 
+def _on_cpu(part):
+    """The same tensors and values, all in the memory of the CPU."""
+    if isinstance(part, Tensor):
+        return part.cpu()
+    if isinstance(part, dict):
+        return {key: _on_cpu(value) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return type(part)(_on_cpu(value) for value in part)
+    return part
+
+
 def _sync_folder(path: Path) -> None:
     """A folder is a file too: without this a rename in it may not outlast a power cut."""
     folder = os.open(path, os.O_RDONLY)
@@ -89,11 +103,11 @@ def _sync_folder(path: Path) -> None:
 # ---- reading ---------------------------------------------------------------------------------
 
 def read_checkpoint(path: Path, keys: set[str]) -> dict:
-    """The content of a checkpoint; UserError if it is missing, damaged, or lacks one of
-    `keys`."""
+    """The content of a checkpoint; UserError if it is missing, of another kind, damaged, or
+    lacks one of `keys`."""
     if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}: train one with `python train.py`, "
-                        "or name another with --checkpoint")
+        raise UserError(f"there is no checkpoint at {path}: train one with `python train.py`")
+    _check_kind(path)
     try:
         content = _load(path)
     except Exception as error:
@@ -104,9 +118,14 @@ def read_checkpoint(path: Path, keys: set[str]) -> dict:
             why = str(error)
         raise UserError(f"{path} is not a readable checkpoint (cut short, damaged, "
                         f"or not written by train.py): {why}") from error
-    missing = keys
+    found = set()
     if isinstance(content, dict):
-        missing = keys - set(content)
+        found = set(content)
+    missing = keys - found
+    if missing and {"step", "recipe"} <= found:
+        raise UserError(f"{path} is a training state, from which `python train.py --resume` goes "
+                        f"on; the weights to play are in {path.with_name('model.pt')} when a "
+                        "stage has ended")
     if missing:
         lacks = ", ".join(sorted(missing))
         raise UserError(f"{path} is a torch file but not a checkpoint of this project: "
@@ -126,6 +145,19 @@ def read_last_good(path: Path, keys: set[str]) -> dict:
         content = read_checkpoint(before, keys)
         print(f"warning: {error}; going on from the save before it, {before}", file=sys.stderr)
         return content
+
+
+def _check_kind(path: Path) -> None:
+    """UserError for files that are no torch files, but known."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer of Git LFS, and the file itself has not been "
+                        "downloaded: `git lfs pull` fetches it")
+    # Eight bytes say how long the JSON is that follows them.
+    if path.suffix.lower() == ".safetensors" or start[8:10] == b'{"':
+        raise UserError(f"{path} is a safetensors file, as other projects write them; this one "
+                        "plays the model.pt that its train.py writes")
 
 
 def _load(path: Path):
@@ -201,9 +233,26 @@ def _is_plain(part) -> bool:
 
 # ---- models ----------------------------------------------------------------------------------
 
+def find_model(path: Path) -> Path:
+    """The file at `path`, or model.pt in the folder there; UserError if there is none."""
+    if not path.is_dir():
+        return path
+    if (path / "model.pt").is_file():
+        return path / "model.pt"
+    names = {file.name for file in path.iterdir()}
+    if names & {"model_index.json", "config.json", "transformer"}:
+        raise UserError(f"{path} is a folder of weights as Hugging Face keeps them; this project "
+                        "plays the model.pt that its train.py writes")
+    if "train.pt" in names:
+        raise UserError(f"{path} has no model.pt yet, only a training state: a stage writes it "
+                        "at its end")
+    raise UserError(f"there is no checkpoint model.pt in the folder {path}")
+
+
 def load_model(path: str | Path) -> tuple[VideoDiT, dict]:
-    """(model, facts about its training) from a file that `save_model` wrote."""
-    path = Path(path)
+    """(model, facts about its training) from a file that `save_model` wrote, or from model.pt
+    in a folder."""
+    path = find_model(Path(path))
     content = read_checkpoint(path, {"config", "model", "about"})
     about = content["about"]
     collections = (dict, list, tuple, Tensor)

@@ -168,8 +168,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"no device {name!r} here: {why}") from error
+        why = str(error).split(". ")[0].splitlines()[0]    # torch has a page to say of some
+        raise UserError(f"no device {name[:40]!r} here: {why[:150]}") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"{name!r} is no device that this program runs on; "
                         "give cpu, cuda, cuda:N or mps")

@@ -170,11 +170,11 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
     needed = {"stage": " or ".join(names), "data": world.name, **asdict(config)}
     if found["stage"] in allowed:
         needed["stage"] = found["stage"]
-    if "fingerprint" in about:             # the same clips may have another name, or a name others
-        found["data"] = f"{found['data']} ({about['fingerprint']})"
-        needed["data"] = f"{world.name} ({world.fingerprint})"
-        if about["fingerprint"] == world.fingerprint:
-            needed["data"] = found["data"]
+    if about.get("fingerprint") == world.fingerprint:      # the same clips by another name
+        needed["data"] = found["data"]
+    elif "fingerprint" in about and found["data"] == world.name:       # other clips by the same
+        found["data"] += f" ({about['fingerprint']})"
+        needed["data"] += f" ({world.fingerprint})"
     for what, theirs in found.items():
         if theirs != needed[what]:
             raise UserError(f"stage {stage} cannot start from {path}: its {what} is {theirs}, "
@@ -328,7 +328,12 @@ def kept(trainer: Resumable, out: Path) -> Iterator[None]:
 
 def how_to_go_on(trainer: Resumable, out: Path) -> str:
     return (f"saved at step {trainer.saved}; go on with: python train.py --resume "
-            f"--out {shlex.quote(str(out))}")
+            f"--out {quoted(out)}")
+
+
+def quoted(path: Path) -> str:
+    """As one would type it in a shell."""
+    return shlex.quote(str(path))
 
 
 def read_losses(trainer: Resumable, out: Path) -> dict[str, str]:
@@ -459,5 +464,5 @@ def report(trainer: Resumable, out: Path, rollouts: int, about: dict) -> None:
     print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {out} now: "
           f"{', '.join(names)}")
     if stage in SAMPLERS:
-        print(f"next: python sample.py --checkpoint {out / 'model.pt'} --frames 480 "
-              f"--out {out / 'long.gif'}")
+        print(f"next: python sample.py --checkpoint {quoted(out / 'model.pt')} --frames 480 "
+              f"--out {quoted(out / 'long.gif')}")

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if not __package__:                    # started by its path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from attention import crossing, route_flops
 from engine.routes import (GPUS, H100, ROUTES, attend_auto, attend_fused, choose_route,

@@ -13,10 +13,14 @@ frames.
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+if not __package__:                    # started by its path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from engine.checkpoint import load_model
 from engine.command_line import check_bounds, default_device, pick_device, provenance, run

@@ -25,6 +25,9 @@ from time import perf_counter
 
 import torch
 
+if not __package__:                    # started by its path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from engine.checkpoint import load_model
 from engine.command_line import provenance
 from engine.progress import counted
@@ -121,8 +124,8 @@ def verdict(report: dict) -> str:
     grown = mebibytes(report["memory_growth_kib"])
     most = mebibytes(report["peak_memory_growth_kib"])
     return (f"{frames:,} frames: in the last tenth a chunk took {last:.2f} times as long as one "
-            f"of a young video (in the first {first:.2f}); since frame 1,000 the memory changed "
-            f"by {grown}, and by {most} at most")
+            f"of a young video (in the first {first:.2f}); the memory changed by {grown} since it "
+            f"had settled, and by {most} at most")
 
 
 def mebibytes(kib: int) -> str:

@@ -14,6 +14,7 @@ still has to be the same subject. Bytes are read from the caches' buffers.
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+if not __package__:                    # started by its path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from attention import crossing
 from engine.checkpoint import load_model

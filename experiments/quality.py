@@ -21,6 +21,7 @@ judged by itself, beside true clips judged by the same functions:
 
 import argparse
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+if not __package__:                    # started by its path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from engine.checkpoint import load_model

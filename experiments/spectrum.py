@@ -29,6 +29,7 @@ import argparse
 import copy
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,9 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+
+if not __package__:                    # started by its path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from attention import MLA, attend_materialised
 from engine.command_line import (UserError, as_user_error, check_bounds, pick_device, provenance,

@@ -12,9 +12,13 @@ figures are generated as well.
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
+
+if not __package__:                    # started by its path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments import verdicts
 from mla_video import PRESETS

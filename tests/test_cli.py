@@ -4,6 +4,7 @@ mistake in the program itself, such as a student makes in the model, gives a tra
 """
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import sample
 import train
 from cache import RollingCache
 from engine import command_line
-from engine.checkpoint import save_model
+from engine.checkpoint import save_model, write_atomically
 from engine.command_line import UserError, as_user_error, provenance
 from engine.judging import cache_line
 from engine.video_files import GifWriter, to_pixels
@@ -42,7 +43,7 @@ def model_file(tmp_path) -> Path:
     return path
 
 
-def fails_in_one_line(capsys, main, argv: list[str], *words: str) -> None:
+def fails_in_one_line(capsys, main, argv: list[str], *words: str, at_most=10_000) -> None:
     with pytest.raises(SystemExit) as stop:
         main(argv)
     errors = [line for line in capsys.readouterr().err.splitlines() if line]
@@ -51,6 +52,7 @@ def fails_in_one_line(capsys, main, argv: list[str], *words: str) -> None:
     if errors[0].startswith("usage:"):     # argparse says how to call it, and then its line
         errors = errors[-1:]
     assert len(errors) == 1, f"one line is enough: {errors}"
+    assert len(errors[0]) <= at_most, f"a page in one line is no line: {errors[0]}"
     for word in words:
         assert word in errors[0], f"the message should say {word!r}: {errors[0]}"
 
@@ -102,8 +104,8 @@ def test_a_stage_says_what_it_may_start_from(capsys, tmp_path):
     refused(["--stage=tf", "--attention=dense", there], "its attention is mla",
             "dense is needed")
     refused(["--stage=tf", "--config=latent=4", there], "its latent is 8", "4 is needed")
-    refused(["--stage=tf", "--data=occluder", there], "its data is shapes",
-            "occluder is needed")
+    refused(["--stage=tf", "--data=occluder", there], "its data is shapes", "and occluder",
+            "is needed")
     refused(["--stage=all", "--start=x", elsewhere], "--start", "--stage all")
     refused(["--stage=score", "--start=x", elsewhere], "--start", "--stage score")
     refused(["--stage=tf", "--score=x", elsewhere], "--score for dmd", "--stage tf")
@@ -211,22 +213,94 @@ def test_sample_refuses_a_bad_checkpoint(
     assert not Path("clip.gif").exists()
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+SAFETENSORS = b"\x10\0\0\0\0\0\0\0" + b'{"a":{"dtype":1}}' + b"\0" * 8
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("training state", ["train.pt is a training state", "model.pt"]),
+    ("folder of a run that goes on", ["no model.pt yet", "training state"]),
+    ("empty folder", ["no checkpoint model.pt in the folder"]),
+    ("Hugging Face", ["Hugging Face"]),
+    ("safetensors", ["safetensors file", "train.py"]),
+    ("safetensors by another name", ["safetensors file", "train.py"]),
+    ("pointer", ["Git LFS", "git lfs pull"]),
+])
+def test_a_checkpoint_of_another_kind_is_named(capsys, tmp_path, kind, words):
+    path = tmp_path / "run"
+    path.mkdir()
+    if kind in ("training state", "folder of a run that goes on"):
+        write_atomically(path / "train.pt", {"step": 3, "recipe": {}, "config": {}})
+    if kind == "training state":
+        path = path / "train.pt"
+    if kind == "Hugging Face":
+        (path / "config.json").write_text("{}")
+        (path / "model.safetensors").write_bytes(SAFETENSORS)
+    if kind.startswith("safetensors"):
+        path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pt")
+        path.write_bytes(SAFETENSORS)
+    if kind == "pointer":
+        path = tmp_path / "toy.pt"
+        path.write_bytes(LFS)
+    fails_in_one_line(capsys, sample.main, [f"--checkpoint={path}"], *words, at_most=400)
+
+
+def test_a_folder_is_as_good_as_its_model(capsys, model_file):
+    sample.main([f"--checkpoint={model_file.parent}", "--about"])
+    assert "stage        tf, 0 steps" in capsys.readouterr().out
+
+
+def test_about_says_what_a_checkpoint_is(capsys, tmp_path, model_file):
+    sample.main([f"--checkpoint={model_file}", f"--out={tmp_path / 'new'}", "--about"])
+    said = capsys.readouterr().out
+    for line in ("stage        tf, 0 steps of training, seed 0", "data         shapes",
+                 "words        red green blue yellow magenta cyan, disc square triangle, slow fast",
+                 "frames       3 x 16 x 16 pixels in patches of 4, 3 a chunk, 12 a training clip, "
+                 "a window of 12", cache_line(VideoDiT(TINY), 1)):
+        assert line in said.splitlines()
+    assert "dim 32, layers 1, heads 2" in said
+    assert not (tmp_path / "new").exists(), "no video was asked for"
+
+
+def test_a_checkpoint_is_written_as_a_cpus(tmp_path):
+    """A GPU's tensors would ask for a GPU when they are read. Where there is none, torch's
+    device without memory stands for it: nothing can be copied from there to the CPU, so the
+    attempt shows."""
+    with torch.device("meta"):
+        model = VideoDiT(TINY)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+        save_model(tmp_path / "model.pt", model)
+    nested = {"learner": [{"moments": (torch.empty(2, device="meta"),)}]}
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+        write_atomically(tmp_path / "train.pt", nested)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--prompt=purple disc"], ["purple", "red"]),
     (["--prompt=red blue disc"], ["red", "blue"]),
+    (["--prompt=white disc"], ["shapes has never seen", "white", "cyan"]),
+    (["--prompt=disc", "--prompt=9: seven"], ["shapes has never seen", "seven"]),
     (["--prompt=48: red disc"], ["48: red disc", "before it"]),
     (["--frames=-1"], ["--frames"]),
     (["--steps=0"], ["--steps"]),
     (["--guidance=nan"], ["--guidance"]),
+    (["--switch=jump"], ["jump", "recache"]),
+    (["--start=missing.gif"], ["no clip and no picture", "missing.gif"]),
+    (["--layout=NTHW"], ["--layout", "--start"]),
+    (["--out=a.webp"], [".webp", ".gif, .mp4, .webm", "folder"]),
+    (["--out=deep/a.avi"], [".avi", ".gif, .mp4, .webm"]),
     (["--evaluate=2", "--frames=11"], ["--evaluate", "at least 12 frames"]),
     (["--route=magic"], ["magic"]),
     (["--device=quantum"], ["quantum"]),
     (["--route=fused", "--device=cpu"], ["fused", "materialised"]),
+    (["--device=mps"], ["'mps'"]),
     (["--pictures"], ["--pictures", "folder", "clip.gif"]),
+    (["--pictures", "--out=clip.MP4"], ["--pictures", "folder", "clip.MP4"]),
 ])
 def test_sample_refuses(capsys, tmp_path, model_file, flags, words):
     given = [f"--checkpoint={model_file}", f"--out={tmp_path / 'clip.gif'}", *flags]
-    fails_in_one_line(capsys, sample.main, given, *words)
+    fails_in_one_line(capsys, sample.main, given, *words, at_most=400)
     assert not (tmp_path / "clip.gif").exists()
 
 
@@ -271,31 +345,114 @@ def test_a_caption_changes_with_the_chunk_that_begins_at_its_frame_or_after(
         capsys, monkeypatch, model_file):
     """Frame 4 lies within the chunk of frames 3 to 5, so the new caption begins with frame 6. A
     later change of one video keeps what another was told before."""
-    prompts = ["red disc", "4: blue square", "slow triangle", "9: fast triangle", "6: disc"]
+    prompts = ["slow red disc", "4: slow blue square", "slow red triangle", "9: fast red triangle",
+               "6: slow cyan disc"]
     heard = captions_heard(monkeypatch, model_file, prompts, 15)
-    assert heard == [["red disc", "slow triangle"],        # frames 0 to 2
-                     ["red disc", "slow triangle"],        # 3 to 5
-                     ["blue square", "disc"],              # 6 to 8: "4:" and "6:"
-                     ["blue square", "fast triangle"],     # 9 to 11
-                     ["blue square", "fast triangle"]]     # 12 to 14
+    assert heard == [["slow red disc", "slow red triangle"],           # frames 0 to 2
+                     ["slow red disc", "slow red triangle"],           # 3 to 5
+                     ["slow blue square", "slow cyan disc"],           # 6 to 8: "4:" and "6:"
+                     ["slow blue square", "fast red triangle"],        # 9 to 11
+                     ["slow blue square", "fast red triangle"]]        # 12 to 14
     said = capsys.readouterr().out
-    for line in ("captions     red disc, slow triangle",
-                 "captions     from 4: blue square, slow triangle",
-                 "captions     from 6: blue square, disc",
-                 "captions     from 9: blue square, fast triangle"):
+    for line in ("captions     slow red disc, slow red triangle",
+                 "captions     from 4: slow blue square, slow red triangle",
+                 "captions     from 6: slow blue square, slow cyan disc",
+                 "captions     from 9: slow blue square, fast red triangle"):
         assert line in said.splitlines()
 
 
 def test_a_caption_may_change_at_once(monkeypatch, model_file):
-    heard = captions_heard(monkeypatch, model_file, ["red disc", "0: blue disc"], 3)
-    assert heard == [["blue disc"]]
+    heard = captions_heard(monkeypatch, model_file, ["fast red disc", "0: fast blue disc"], 3)
+    assert heard == [["fast blue disc"]]
+
+
+def test_words_that_are_left_out_are_drawn_by_seed_and_video(monkeypatch, model_file):
+    """The same for all captions of a video, whatever stands beside it; none for no caption."""
+    both = captions_heard(monkeypatch, model_file, ["red disc", "3: blue", "square", ""], 6)
+    (first, other, silent), (later, *_) = both
+    assert set(first.split()) > {"red", "disc"} and len(first.split()) == 3
+    assert "square" in other and len(other.split()) == 3
+    assert silent == ""
+    assert later.split()[:2] == [first.split()[0], "blue"]
+    alone = captions_heard(monkeypatch, model_file, ["red disc"], 3)
+    assert alone == [[first]]
+
+
+def test_what_is_never_shown_is_said(capsys, model_file):
+    prompts = ["red disc", "9: blue disc", "7: green disc", "8: cyan disc", "0: magenta disc"]
+    flags = [f"--prompt={prompt}" for prompt in prompts]
+    sample.main([f"--checkpoint={model_file}", f"--out={model_file.parent}/clip.gif",
+                 "--frames=12", "--steps=1", "--device=cpu", "--prompt=disc", *flags,
+                 "--prompt=10: disc", "--prompt=12: square"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "never shown" in line]
+    assert len(said) == 5
+    for start in ("'red disc' is never shown: '0: magenta disc' takes its place in the chunk "
+                  "that begins at frame 0",
+                  "'7: green disc' is never shown: '8: cyan disc'",
+                  "'8: cyan disc' is never shown: '9: blue disc' takes its place in the chunk "
+                  "that begins at frame 9",
+                  "'10: disc' is never shown: the last of 12 frames",
+                  "'12: square' is never shown"):
+        assert any(line.startswith(f"warning: prompt {start}") for line in said), start
+
+
+def test_progress_in_a_log_is_plain_lines(model_file):
+    command = [sys.executable, "sample.py", f"--checkpoint={model_file}", "--frames=24",
+               "--steps=1", "--device=cpu", f"--out={model_file.parent}/clip.gif"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"\r" not in done.stdout + done.stderr
+    assert b"frames: 24/24" in done.stderr.splitlines()[-1]
+
+
+def test_evaluate_says_how_far_it_is(capsys, model_file):
+    sample.main([f"--checkpoint={model_file}", "--evaluate=2", "--frames=12", "--steps=1"])
+    assert "12/12" in capsys.readouterr().err
+
+
+def test_sample_leaves_the_gif_of_training_alone(capsys, tmp_path, model_file):
+    """`train.py --out X` writes X/sample.gif, and so would `sample.py --out X`."""
+    (tmp_path / "train.pt").write_bytes(b"a training state")
+    (tmp_path / "sample.gif").write_bytes(b"the one of training")
+    sample.main([f"--checkpoint={model_file}", f"--out={tmp_path}", "--frames=3", "--steps=1",
+                 "--device=cpu"])
+    assert (tmp_path / "sample.gif").read_bytes() == b"the one of training"
+    assert f"wrote        {tmp_path / 'played.gif'}" in capsys.readouterr().out
+    with Image.open(tmp_path / "played.gif") as gif:
+        assert gif.n_frames == 3
+
+
+@pytest.mark.parametrize("flags", [["--out=a.gif"], ["--out=deep"], ["--out=deep", "--pictures"]])
+def test_one_process_at_a_time_writes_a_video(capsys, monkeypatch, tmp_path, model_file, flags):
+    """A second one that comes while the first writes is told by whom, and harms nothing."""
+    monkeypatch.chdir(tmp_path)
+    given = [f"--checkpoint={model_file}", "--frames=6", "--steps=1", "--device=cpu", *flags]
+    plain = sample.rollout
+
+    def rollout(*arguments, **how):
+        for chunk in plain(*arguments, **how):
+            yield chunk
+            monkeypatch.setattr(sample, "rollout", plain)
+            capsys.readouterr()
+            fails_in_one_line(capsys, sample.main, given, "another process", str(os.getpid()))
+
+    monkeypatch.setattr(sample, "rollout", rollout)
+    sample.main(given)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
+    if "--pictures" in flags:
+        assert left == [*(f"deep/sample/{i:09d}.png" for i in range(6)), "model.pt"]
+        return
+    name = "a.gif" if "--out=a.gif" in flags else "deep/sample.gif"
+    assert left == sorted([name, "model.pt"])
+    with Image.open(name) as gif:
+        assert gif.n_frames == 6
 
 
 # ---- video files -----------------------------------------------------------------------------
 
 def test_a_gif_is_whole_after_every_append(tmp_path):
-    """What is on disk can be opened at any time, colours survive the fixed palette, frames come
-    back in order, and each lasts a sixteenth of a second, as nearly as a GIF can say it."""
+    """What is on disk can be opened at any time, pure colours survive the palette, frames come
+    back in order, and each ends at its sixteenth of a second, as nearly as a GIF can say it."""
     path = tmp_path / "clip.gif"
     gif = GifWriter(path)
     video = torch.full((1, 6, 3, 8, 8), -1.0)
@@ -305,9 +462,11 @@ def test_a_gif_is_whole_after_every_append(tmp_path):
         gif.append(to_pixels(video[:, i:i + 3], zoom=2))
         with Image.open(path) as picture:
             assert picture.n_frames == i + 3
+            end = 0
             for frame in range(i + 3):
                 picture.seek(frame)
-                assert picture.info["duration"] == 60
+                end += picture.info["duration"]
+                assert end == 10 * round(100 * (frame + 1) / 16)
                 expected = [0, 0, 0]
                 expected[frame % 3] = 255
                 pixel = picture.convert("RGB").getpixel((5, 5))
@@ -434,6 +593,19 @@ def test_figures_say_where_they_come_from(monkeypatch, tmp_path):
         assert origin["commit"] == "abc123"
         assert f"torch {torch.__version__}" in origin["versions"]
     assert command_line.ROOT == ROOT.resolve()
+
+
+PROGRAMS = [path for path in (ROOT / "experiments").glob("*.py")
+            if "__name__ ==" in path.read_text()]
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_an_experiment_starts_by_its_path_too(tmp_path, path):
+    command = [sys.executable, str(path), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "usage:" in done.stdout
 
 
 QUIET = """

@@ -157,8 +157,8 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)
     line = ""
-    while "/100000" not in line:                           # of the progress bar
-        line = process.stderr.read(200)
+    while "/100000" not in line:                           # of the progress
+        line = process.stderr.readline()
         assert process.poll() is None, line
     time.sleep(2)
     process.send_signal(signal.SIGINT)
