@@ -33,8 +33,8 @@ heads is called multi-query attention.
 Why position has a key of its own. RoPE multiplies query and key by rotations. Rotating the
 content score would put the matrix rot(l - t), a turn by the difference of the two positions,
 between W_UK^T and q_nope in (9). It differs for every pair of tokens, so the bracket could not
-be computed once per query. There is another rule of this kind: a norm *after* the up-projection
-(5) is not linear, and (9) would not hold unless its divisor were cached, too.
+be computed once per query. Nor may there be a norm after the up-projection (5): it is not
+linear, and (9) would not hold unless the norm's divisor were cached, too.
 
 What each order of brackets costs per layer, in multiply-adds times two:
     materialised:  2 L T H (N + R + V)  +  2 T H C (N + V)      up-projects every *key*   (11)
@@ -48,8 +48,8 @@ buys is the memory of K and V. (The paper's appendix D.4 materialises; its Appen
 And where 2 C <= N + V (our toy model: C = 16, N + V = 56) there is no crossing: absorbing never
 needs more operations, for L <= T.
 
-Do not multiply W_UK^T W_UQ into one matrix, as Appendix E does: it has H C Q numbers instead of
-H N (C + Q). At the paper's sizes that is more, and slower (exercise 3).
+Appendix E multiplies W_UK^T W_UQ into one matrix. Do not: it has H C Q numbers instead of H N
+(C + Q). At the paper's sizes that is more, and slower (exercise 3).
 
 tests/test_routes.py: all routes agree, outputs and gradients; (11) to (13) equal torch's count.
 """
@@ -330,16 +330,17 @@ class MLA(nn.Module):
         """An MLA layer made from `dense` (built with norm=False), in its dtype, on its device.
 
         Which channels of a head keep their rotation depends on R:
-          dense.rope None   None; R = 0. Equal to the dense layer once
+          dense.rope None   No channel; R = 0. Equal to the dense layer once
                             C >= rank [W_K; W_V].                                       (E1)
           R = H * d_h       All. The one wide key has a slice for every head, and a head's
                             rope query is zero outside its own; no content is left in the
                             score. Equal to full per-head RoPE once C >= rank W_V.      (E2)
           R < d_h           The R fastest of each head; the others carry content and no
                             longer turn. The heads' keys are averaged: the one shared key
-                            nearest to all of them. Exact if the heads agree on their rope
-                            keys, the other pairs do not turn (all positions 0, say), and
-                            C >= rank [K; W_V]. Here the approximation starts.
+                            nearest to all of them. Exact if the heads agree on their rope keys,
+                            the other pairs do not turn (all positions 0, say), and C >= rank of
+                            [K; W_V], K the other channels of W_K. Here the approximation
+                            starts.
         Everything else is two cuts by singular value decomposition: `split_content` for keys
         and values, `low_rank` for queries (Q is E by default: exact). The softmax scale is the
         dense layer's. The paper says "SVD-style" and no more. init="random" draws fresh weights

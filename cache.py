@@ -13,7 +13,7 @@ good. Example: sink 1, chunk 3, window 6 (the window counts the sink and the chu
     3  4  5                  0  1  2            0  1  2       3 4 5
     6  7  8                  0  5  4            0  5  4       6 7 8
     9 10 11                  0  7  8            0  4  5       6 7 8
-                             |  |  |
+                             |  |  |           (the last row's times: P1 to P3 below)
                              |  +--+-- the ring: a new frame overwrites the oldest one
                              +-------- the sink: never overwritten
 
@@ -27,9 +27,7 @@ buffer, which changes with every commit: ask once per chunk, and never keep the 
 
 What is stored has no place in time. MLA stores the normed latent c_kv and the *unrotated*
 positional key k_rope; the dense baseline stores unrotated keys and values. Rotation happens at
-read. So a stored frame can be given another time tomorrow without being touched. (In deeper
-layers the rows were made from what their tokens saw then, at the distances of that time. Only
-the distance to the sink changes later, so with a sink this is an approximation.)
+read. So a stored frame can be given another time tomorrow without being touched.
 
 Which time? A model has been trained on clips of `horizon` frames and knows no time beyond. So:
 
@@ -43,6 +41,9 @@ the end of the trained range, its past just before it, and no position leaves wh
 seen, however long the video. horizon = window is the rule of Infinity-RoPE, an infinite horizon
 gives the absolute positions of Self-Forcing; here it is one number.
 
+With a sink this is an approximation. In deeper layers rows were made from what their tokens saw
+then. Chunk and ring move together, so their distances stay; the distance to the sink does not.
+
 Letters: B batch, T visible key tokens, P tokens a frame; for the widths of what is stored, C
 and R (MLA) and H heads of d_h channels (dense attention), see attention.py. This file imports
 nothing else of this repository. tests/test_cache.py runs the class against a plain Python list
@@ -52,7 +53,7 @@ of frames.
 import torch
 from torch import Tensor
 
-# What the tokens of a chunk leave in one layer: two tensors, each [B, chunk * P, width].
+# Two tensors [B, tokens, width] of one layer: what a chunk's tokens leave, or all that it sees.
 Rows = tuple[Tensor, Tensor]
 
 
@@ -148,9 +149,9 @@ class RollingCache:
         overwritten.
 
         Gradients stop here: what is kept is detached. With detach=False they flow from later
-        chunks into the rows that those read; then, and whenever gradients are recorded, the
-        buffers are replaced and not written to, since autograd may need the old ones. Raises
-        ValueError unless the rows are one whole chunk.
+        chunks into the rows of earlier ones. Where gradients are enabled the buffers are
+        replaced and not written to: a written buffer could not carry them. Raises ValueError
+        unless the rows are one whole chunk, for all layers.
         """
         if len(rows) != len(self.buffers[0]):
             raise ValueError(f"commit takes the rows of all {len(self.buffers[0])} layers, "

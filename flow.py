@@ -224,7 +224,8 @@ class Stream:
     def caption(self, caption: Tensor) -> None:
         """ValueError for another number of videos than before, or for words that the model does
         not know."""
-        if caption.device.type == "cpu":                   # a GPU would be waited for
+        ids = not caption.is_floating_point()              # else rows of a text encoder
+        if ids and caption.device.type == "cpu":           # a GPU would be waited for
             top = self.model.config.words - 1
             if not ((0 <= caption) & (caption <= top)).all():
                 raise ValueError(f"the ids of words in a caption are 0 to {top}, got {caption}")
@@ -308,10 +309,11 @@ def rollout(stream: Stream | GuidedStream, frames: int, draws: Draws, sampler=eu
     """Make `frames` frames, rounded up to whole chunks, or without end if 0; yield each chunk
     [B, chunk, channels, height, width], in about [-1, 1], when it is made and committed.
 
-    How a model wants to be sampled: pass **SAMPLERS[stage]. Once the window is full, memory and
-    time per chunk do not depend on how long the video is. Captions may be changed between two
-    chunks (assign to stream.caption). Nothing records gradients; stage dmd has its own last
-    chunk for that (objectives.self_rollout).
+    How a model wants to be sampled: pass **SAMPLERS[stage], or for another shift a
+    functools.partial(euler, k=5.0). Once the window is full, memory and time per chunk do not
+    depend on how long the video is. Captions may be changed between two chunks (assign to
+    stream.caption). Nothing records gradients; stage dmd has its own last chunk for that
+    (objectives.self_rollout).
     """
     if frames < 0:
         raise ValueError(f"frames must be 0 (without end) or more, got {frames}")

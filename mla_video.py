@@ -150,10 +150,11 @@ class Block(nn.Module):
                 answer_from: int = 0) -> tuple[Tensor, Rows]:
         """x [B, F, P, E] one block further, and the rows that its tokens leave.
 
-        level [B, F, 6, E] is the noise level, caption [B, S, E]. With a `cache` (or whatever
-        has its verb `peek`) the tokens see what it keeps for `layer` and themselves; without
-        one they see each other, as `mask` [L, L] allows. Frames before `answer_from` are only
-        looked at: their rows are made, but they ask nothing, and their x is not returned.
+        level [B, F, 6, E]: six numbers per frame and channel made of sigma (`enter`); caption
+        [B, S, E]. With a `cache` (or whatever has its verb `peek`) the tokens see what it keeps
+        for `layer` and themselves; without one they see each other, as `mask` [L, L] allows.
+        Frames before `answer_from` are only looked at: their rows are made, but they ask
+        nothing, and their x is not returned.
         """
         steer = (level + self.modulation)[:, :, :, None]                   # [B, F, 6, 1, E]
         offset, scale = steer[:, :, :2].unbind(2)                          # [B, F, 1, E] each
@@ -189,7 +190,8 @@ class VideoDiT(nn.Module):
 
     Video is [B, F, channels, height, width]; sigma [B, F] in [0, 1]; caption LongTensor [B, S].
     `attend` says by which route MLA is computed (attention.py); the answer is the same. Over
-    whole clips, masked or not, the default is to materialise; in a stream it is the cheaper.
+    whole clips the default is to materialise: it is the form whose gradients torch's fast
+    kernels have. In a stream it is the cheaper one.
     """
 
     def __init__(self, config: Config):
@@ -204,7 +206,7 @@ class VideoDiT(nn.Module):
         # still has no place in time. (Wan has no such vector.)
         self.place = nn.Parameter(torch.zeros(config.tokens, E)) if config.place else None
         self.words = nn.Embedding(config.words, E)
-        self.time = nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))
+        self.time = nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))   # of sigma
         # Wan's economy: one projection of the noise level to 6 E numbers serves all blocks. A
         # block owns no more than an offset to it (`Block.modulation`).
         self.level = nn.Sequential(nn.SiLU(), nn.Linear(E, 6 * E))

@@ -120,10 +120,11 @@ def consistency_loss(student: VideoDiT, target: VideoDiT, teacher: VideoDiT, x0:
         x_next  = x_j - (sigma_j - sigma_(j+1)) v_teacher(x_j, sigma_j), a guided step   (C2)
         L       = mean (f_student(x_j, sigma_j) - sg f_target(x_next, sigma_(j+1)))^2    (C3)
 
-    All three models see the clean clip as the past, by teacher forcing, at one noise level for
-    the whole video. `target` is the student's moving average. At j = 47 the goal is x_next, the
-    teacher's own end point: the anchor that holds all others. (Released code never draws it.)
-    Only the teacher is guided; that is how guidance gets distilled in.
+    The teacher is the model of stage tf, frozen, and the student starts as its copy. All three
+    see the clean clip as the past, by teacher forcing, at one noise level for the whole video.
+    `target` is the student's moving average. At j = 47 the goal is x_next, the teacher's own
+    end point: the anchor that holds all others. (Released code never draws it.) Only the
+    teacher is guided; that is how guidance gets distilled in.
     """
     B, frames = x0.shape[:2]
     j = draws.integers(GRID, B, 1)
@@ -137,14 +138,15 @@ def consistency_loss(student: VideoDiT, target: VideoDiT, teacher: VideoDiT, x0:
         step = per_frame(sigma) - per_frame(next_sigma)
         x_next = x - step * v                                                         # (C2)
         v_next = target(x0, x_next, next_sigma, caption)
-        goal = x_next - per_frame(next_sigma) * v_next
-    answer = x - per_frame(sigma) * student(x0, x, sigma, caption)
+        goal = answer_of(v_next, x_next, next_sigma)
+    v = student(x0, x, sigma, caption)
+    answer = answer_of(v, x, sigma)
     return (answer - goal).square().mean()                                            # (C3)
 
 
 # ---- stage dmd: distribution matching on the model's own past --------------------------------
-# The model in training is called the generator here. Two bidirectional models judge its videos,
-# and both start as the model of stage `score`:
+# The model in training is called the generator here; it starts as the model of stage cd. Two
+# bidirectional models judge its videos, and both start as the model of stage score:
 #     the real score is frozen; it knows true clips
 #     the fake score, or critic, is trained on the generator's videos of the moment
 # One step of the stage, put together in train.py:
@@ -156,14 +158,15 @@ def consistency_loss(student: VideoDiT, target: VideoDiT, teacher: VideoDiT, x0:
 
 
 def self_rollout(stream: Stream, draws: Draws, exit: int, record: bool) -> Tensor:
-    """The next F frames [B, F, ...] of the videos of `stream`, a clip length, by the model
-    itself.
+    """The next clip length of the videos of `stream`, [B, F, ...], made by the model itself.
 
     All chunks but the last are made as in use. The last one leaves the sampler after pass
-    `exit` (0 to 3) with the answer of that pass. If `record`, this one pass records its
-    gradient, and nothing else does: not the passes before it, not the commit, and what the
-    cache keeps is detached. The pass reads copies of the cache (`peek`), so the commit that
-    follows cannot change what its backward pass needs.
+    `exit` (0 to 3) with the answer of that pass. The caller draws `exit`, so that each of the
+    four passes gets trained. (After an early exit the next clip has a rough chunk in its past;
+    that is tolerated.) If `record`, this one pass records its gradient, and nothing else does:
+    not the passes before it, not the commit, and what the cache keeps is detached. The pass
+    reads copies of the cache (`peek`), so the commit that follows cannot change what its
+    backward pass needs.
 
     A stream whose cache is empty begins new videos. One whose window is full is what most of a
     long video looks like; engine/trainer.py keeps streams from step to step, so that training
@@ -232,11 +235,11 @@ def dmd_gradient(video: Tensor, caption: Tensor, real: VideoDiT, fake: VideoDiT,
         x, sigma, _ = some_noise(video, draws)
         v_fake = fake.bidirectional(x, sigma, caption)
         v_real = guided(lambda words: real.bidirectional(x, sigma, words), caption, guidance)
-        mu_fake = x - per_frame(sigma) * v_fake                                       # (F4)
-        mu_real = x - per_frame(sigma) * v_real                                       # (F4)
+        mu_fake = answer_of(v_fake, x, sigma)
+        mu_real = answer_of(v_real, x, sigma)
         size = (video - mu_real).abs().flatten(1).mean(dim=1)                          # [B]
         size = size.clamp(min=1e-3)[:, None, None, None, None]
-        return (mu_fake - mu_real) / size                                             # (D1)
+        return (mu_fake - mu_real) / size                                              # (D1)
 
 
 def dmd_loss(video: Tensor, gradient: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fused
 from attention import (attend_absorbed, attend_materialised, attend_reference,
                        crossing, route_flops)
-from mla_video import VideoDiT
 from rope3d import rotate
 
 # ---- the fused route -------------------------------------------------------------------------
@@ -378,7 +377,7 @@ ROUTES = {
 }
 
 
-def route_name(model: VideoDiT, batch: int, name: str) -> str:
+def route_name(model, batch: int, name: str) -> str:
     """What `name` comes to for a chunk of `batch` videos with a full window, for people.
 
     That is "dense", or the route itself, or "auto: " and the route that is taken.
