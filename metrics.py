@@ -44,6 +44,7 @@ FASTEST = 1.5 * SPEEDS["fast"][1]
 # ---- small helpers -------------------------------------------------------------------------
 
 def clamped(video: torch.Tensor) -> torch.Tensor:
+    """The video in float32, its values within [-1, 1]."""
     return video.float().clamp(-1, 1)
 
 
@@ -58,6 +59,7 @@ def side(video: torch.Tensor) -> int:
 
 
 def between(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """bool, in the shape of x: is it from low to high, both included?"""
     return (x >= low) & (x <= high)
 
 

@@ -108,6 +108,7 @@ def report(args: argparse.Namespace, model: VideoDiT, how: dict, schedule: dict[
 # ---- parse and check -------------------------------------------------------------------------
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, as argparse reads them; it exits with code 2 for those it does not know."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -254,6 +255,7 @@ def open_stream(args: argparse.Namespace, model: VideoDiT,
 
 
 def print_aside(line: str) -> None:
+    """To stderr: what is made goes on meanwhile."""
     print(line, file=sys.stderr)
 
 
@@ -293,6 +295,7 @@ def write(chunks: Iterator[Tensor], frames: int, schedule: dict[int, Tensor], sw
 
 
 def print_captions(frame: int, captions: Tensor) -> None:
+    """A line with the captions [B, S] from `frame` on."""
     since = ""
     if frame > 0:
         since = f"from {frame}: "

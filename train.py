@@ -503,6 +503,7 @@ def train_stage(args: argparse.Namespace, recipe: Recipe, config: Config, world,
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """All flags; engine/run_files.py says which of them a run keeps."""
     parser = argparse.ArgumentParser(
         description="Train a causal video diffusion transformer on small clips, in the paper's "
                     "three stages.",

@@ -120,6 +120,7 @@ def test_a_terminal_that_closes_costs_nothing(tmp_path, width):
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) in (128 + signal.SIGHUP, 120)
 
 
+@pytest.mark.rest
 # ---- a worker that dies ----------------------------------------------------------------------
 
 def test_a_worker_that_dies_costs_no_step(tmp_path, monkeypatch, capsys):
@@ -190,6 +191,7 @@ def test_a_hosts_handler_stays(tmp_path):
             signal.signal(number, handler)
 
 
+@pytest.mark.rest
 def test_who_draws_the_clips_does_not_matter(tmp_path):
     for workers in (0, 1, 2):
         train.main([*FLAGS, "--steps=6", f"--workers={workers}", f"--out={tmp_path / str(workers)}"])

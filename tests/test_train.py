@@ -124,6 +124,7 @@ def test_the_average_of_a_distilled_model_has_one_length(stage):
     assert {decay_at(step, recipe) for step in range(100)} == {0.98}
 
 
+@pytest.mark.rest
 # ---- going on --------------------------------------------------------------------------------
 
 def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path):
