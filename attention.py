@@ -102,7 +102,7 @@ def sdpa_by_runs(q, k, v, patterns: Tensor, runs: list[int], scale: float) -> Te
     keys `patterns[i]` [T].
 
     All tokens of a chunk see the same keys. So each run is computed with the keys that it sees,
-    and no score is made only to be masked: two thirds of them, in teacher forcing.
+    and no score is made only to be masked: in teacher forcing that saves two thirds or more.
     """
     outputs = []
     start = 0
@@ -216,7 +216,7 @@ def crossing(N: int, V: int, C: int) -> float:
 
 
 # ---- the two layers ------------------------------------------------------------------------
-# Both have two methods. `rows(x)` is what tokens leave in the cache, of the `widths` that the
+# Both share two methods. `rows(x)` is what tokens leave in the cache, of the `widths` that the
 # layer states. `forward(x, rows, ...)` lets the tokens x attend to the rows that it is given
 # and to nothing else: in self-attention the caller has put x's own rows among them (cache.peek
 # does).
@@ -332,15 +332,15 @@ class MLA(nn.Module):
         Which channels of a head keep their rotation depends on R:
           dense.rope None   No channel; R = 0. Equal to the dense layer once
                             C >= rank [W_K; W_V].                                       (E1)
-          R = H * d_h       All. The one wide key has a slice for every head, and a head's
+          R = H * d_h       All; N = 0. The wide key has a slice for every head, and a head's
                             rope query is zero outside its own; no content is left in the
                             score. Equal to full per-head RoPE once C >= rank W_V.      (E2)
-          R < d_h           The R fastest of each head; the others carry content and no
+          R < d_h           The R fastest, axis by axis; the others carry content and no
                             longer turn. The heads' keys are averaged: the one shared key
-                            nearest to all of them. Exact if the heads agree on their rope keys,
-                            the other pairs do not turn (all positions 0, say), and C >= rank of
-                            [K; W_V], K the other channels of W_K. Here the approximation
-                            starts.
+                            nearest to all of them. In general inexact; exact if the heads agree
+                            on their rope keys, the other pairs do not turn (all positions 0,
+                            say), and C >= rank of [K; W_V], K the other channels of W_K. Here
+                            the approximation starts.
         Everything else is two cuts by singular value decomposition: `split_content` for keys
         and values, `low_rank` for queries (Q is E by default: exact). The softmax scale is the
         dense layer's. The paper says "SVD-style" and no more. init="random" draws fresh weights

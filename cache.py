@@ -23,7 +23,8 @@ ring only the youngest frames stay; 4 went to index 2, over frame 2, and 5 to in
 Nothing is ever shifted. Attention is a sum over keys, so the order of the frames in the buffer
 does not matter once their positions are data. `positions` gives them in the order of the
 buffer, which changes with every commit: ask once per chunk, and never keep the answer.
-(Released research code moves gigabytes a chunk to keep frames in order.)
+(Released research code moves gigabytes a chunk to keep frames in order. `peek` copies what is
+kept, at every pass; engine/streaming.py, which runs on GPUs, does without.)
 
 What is stored has no place in time. MLA stores the normed latent c_kv and the *unrotated*
 positional key k_rope; the dense baseline stores unrotated keys and values. Rotation happens at
@@ -41,8 +42,8 @@ the end of the trained range, its past just before it, and no position leaves wh
 seen, however long the video. horizon = window is the rule of Infinity-RoPE, an infinite horizon
 gives the absolute positions of Self-Forcing; here it is one number.
 
-With a sink this is an approximation. In deeper layers rows were made from what their tokens saw
-then. Chunk and ring move together, so their distances stay; the distance to the sink does not.
+Only distances in time count, and chunk and ring move together. So without a sink re-indexing is
+exact. With one it is an approximation: rows of deeper layers remember an older distance to it.
 
 Letters: B batch, T visible key tokens, P tokens a frame; for the widths of what is stored, C
 and R (MLA) and H heads of d_h channels (dense attention), see attention.py. This file imports
@@ -82,9 +83,10 @@ class RollingCache:
 
     All videos are of one age, and every chunk has `chunk` frames. Use it under torch.no_grad,
     except where gradients are wanted. `window` counts frames, the sink and the chunk being made
-    included; so `capacity` = window - chunk frames are kept. Buffers are allocated once,
-    uninitialised: whether something stands in them is told by `seen` alone. Raises ValueError
-    if the window cannot hold the sink and one chunk, or is longer than the horizon.
+    included; so `capacity` = window - chunk frames are kept. Buffers are allocated once (where
+    gradients are disabled), uninitialised: whether something stands in them is told by `seen`
+    alone. Raises ValueError if the window cannot hold the sink and one chunk, or is longer than
+    the horizon.
     """
 
     def __init__(self, layers: int, batch: int, widths: tuple[int, int], *, tokens: int,
@@ -150,8 +152,8 @@ class RollingCache:
 
         Gradients stop here: what is kept is detached. With detach=False they flow from later
         chunks into the rows of earlier ones. Where gradients are enabled the buffers are
-        replaced and not written to: a written buffer could not carry them. Raises ValueError
-        unless the rows are one whole chunk, for all layers.
+        replaced and not written to, so that recorded graphs stay as they were. Raises
+        ValueError for another number of layers or tokens than those of a chunk.
         """
         if len(rows) != len(self.buffers[0]):
             raise ValueError(f"commit takes the rows of all {len(self.buffers[0])} layers, "

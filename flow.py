@@ -7,12 +7,13 @@ every clip x0 to a noise eps of the same shape and walks it with sigma, from 1 (
     v        = d x_sigma / d sigma = eps - x0       the velocity along the line        (F2)
 
 The network is shown x_sigma and predicts v. Many lines cross at a noisy point, and what is
-learned is their mean velocity. At sigma = 1 that points at the mean of all clips, which is a
-blur. But after a small step towards it fewer clips are possible, the mean is over those, and so
-on, until one is left. That the videos made so, by many small steps (F3), are distributed as the
-data are is the theorem of flow matching (Lipman et al., arXiv 2210.02747). The same velocity
-implies an answer at once, (F4): the mean of the clips that are still possible. From pure noise
-it is the blur, and so a model must be taught to jump (stage cd in objectives.py).
+learned is their mean velocity, where the squared error is least. At sigma = 1 a step against it
+leads towards the mean of all clips, which is a blur. But after a small step towards it fewer
+clips are possible, the mean is over those, and so on, until one is left. That the videos made
+so, by many small steps (F3), are distributed as the data are is the theorem of flow matching
+(Lipman et al., arXiv 2210.02747). The same velocity implies an answer at once, (F4): the mean
+of the clips that are still possible. From pure noise it is the blur. Stage cd (objectives.py)
+teaches a model to answer with the end of the path.
 
     x_sigma' = x_sigma - (sigma - sigma') v         one Euler step towards the data    (F3)
     x0       = x_sigma - sigma v                    the answer that v implies          (F4)

@@ -72,7 +72,7 @@ class Config:
         return (self.height // self.patch) * (self.width // self.patch)
 
     def make_rope(self) -> Rope3D:
-        """MLA rotates R channels, the fastest of a head; dense attention the whole head."""
+        """MLA rotates R channels, the fastest of each axis; dense attention the whole head."""
         head = self.dim // self.heads
         return Rope3D(self.rope if self.attention == "mla" else head, head)
 
@@ -190,8 +190,8 @@ class VideoDiT(nn.Module):
 
     Video is [B, F, channels, height, width]; sigma [B, F] in [0, 1]; caption LongTensor [B, S].
     `attend` says by which route MLA is computed (attention.py); the answer is the same. Over
-    whole clips the default is to materialise: it is the form whose gradients torch's fast
-    kernels have. In a stream it is the cheaper one.
+    whole clips the default is to materialise, as in the paper's training; in a stream it is the
+    cheaper one.
     """
 
     def __init__(self, config: Config):

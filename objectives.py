@@ -5,7 +5,7 @@ and where the gradient stops.
             stream, but it can judge videos, which stage dmd needs. Stage tf starts from it.
     tf      1. Teacher forcing: denoise every chunk, given the *clean true* chunks before it.
     cd      2. Consistency distillation: given the same, every pass jumps to an answer. Four of
-            them, with fresh noise between, replace 12 to 48.
+            them, with fresh noise between, replace 12 or more.
     dmd     3. Distribution matching distillation: given *its own* chunks before it, as in use.
             No clip is shown, only captions.
 
@@ -216,20 +216,22 @@ def dmd_gradient(video: Tensor, caption: Tensor, real: VideoDiT, fake: VideoDiT,
     gradient descent walks against it.
 
     The score of a distribution is the gradient of its log density at x: the direction in which
-    x gets likelier. For x = (1 - sigma) x0 + sigma eps it follows from the mean mu of the clips
-    x0 that x may have come from, which is the answer (F4) of a model trained on them:
+    x gets likelier. For x = (1 - sigma) x0 + sigma eps, given x0, it is ((1 - sigma) x0 - x) /
+    sigma^2; not given, x0 becomes the mean mu of the clips that x may have come from, which is
+    the answer (F4) of a model trained on them:
 
         mu(x)    = x - sigma v(x, sigma)                                                 (F4)
         score(x) = ((1 - sigma) mu(x) - x) / sigma^2                                     (D0)
 
-    The gradient of KL(generator || data), both with noise, by a generated x is score_fake(x) -
-    score_real(x), and by (D0) that is (1 - sigma) / sigma^2 times mu_fake - mu_real. The factor
-    is replaced by a divisor of each video's own, so that all levels count about the same:
+    The gradient of KL(generator || data), both with noise, by the noised x is score_fake(x) -
+    score_real(x), and by (D0) that is (1 - sigma) / sigma^2 times mu_fake - mu_real. (The
+    weights change the generator's density, too; but the mean change of a log density is 0, so
+    that term is gone.) The factor is replaced by a divisor of each video's own, so that all
+    levels count about the same:
 
-        g        = (mu_fake - mu_real) / mean |video - mu_real|                          (D1)
+        g        = (mu_fake - mu_real) / max(mean |video - mu_real|, 0.001)              (D1)
 
-    Its floor keeps a video that is already right from dividing by zero. Only the real score is
-    guided.
+    The floor is for a video that is already right. Only the real score is guided.
     """
     with torch.no_grad():
         x, sigma, _ = some_noise(video, draws)
@@ -239,7 +241,7 @@ def dmd_gradient(video: Tensor, caption: Tensor, real: VideoDiT, fake: VideoDiT,
         mu_real = answer_of(v_real, x, sigma)
         size = (video - mu_real).abs().flatten(1).mean(dim=1)                          # [B]
         size = size.clamp(min=1e-3)[:, None, None, None, None]
-        return (mu_fake - mu_real) / size                                              # (D1)
+        return (mu_fake - mu_real) / size                                             # (D1)
 
 
 def dmd_loss(video: Tensor, gradient: Tensor) -> Tensor:

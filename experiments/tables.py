@@ -568,8 +568,11 @@ def in_words(verdict: dict) -> str:
     """`word` for a reader who has not read what noise is for."""
     if verdict["noise"] and verdict["verdict"] == "reproduced":
         return "true, but random weights pass this rule, too"
-    if verdict["unmet"]:
-        return f"{verdict['verdict']}: the rule first asks that {verdict['unmet'][0]}; not so here"
+    why = {"training moved": "training moved the weights too little",
+           "it can be lost": "colour survives even C = 1, so the test could not show a loss"}
+    for condition, plain in why.items():
+        if any(unmet.startswith(condition) for unmet in verdict["unmet"]):
+            return f"{verdict['verdict']}: {plain}"
     return verdict["verdict"]
 
 
