@@ -6,6 +6,7 @@
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,12 @@ settings.register_profile("thorough", settings.get_profile("quick"), max_example
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
 settings.load_profile(PROFILE)
+
+# A runner that was started in the background, or by nohup, ignores these signals, and its
+# children would do so, too. The tests of Ctrl-C and of a closed terminal need them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # These tensors are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
