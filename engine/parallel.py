@@ -12,6 +12,7 @@ Letters: B clips in a batch, N processes, r this one.
 
 import atexit
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -56,7 +57,19 @@ def join(device: torch.device) -> None:
     # A day, because process 0 judges rollouts alone while the others wait. That a process has
     # died the others learn from torchrun, and not from this clock.
     dist.init_process_group(backend, timeout=timedelta(days=1))
-    atexit.register(dist.destroy_process_group)            # its threads must end before us
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Part from the other processes, as the last thing that this one does.
+
+    gloo's threads hold the tensors of the last messages and need the interpreter to let go of
+    them. One that asks while the interpreter shuts down aborts the process ("terminate called
+    without an active exception", exit code -6). Destroying the group ends these threads only
+    where nothing else holds it, and what `fully_shard` made does. So they are given a moment.
+    """
+    dist.destroy_process_group()
+    time.sleep(0.5)
 
 
 def say(line: str) -> None:

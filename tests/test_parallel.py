@@ -76,8 +76,13 @@ def train_all(steps: int, modes: tuple[bool, ...], dtype: torch.dtype,
 
 
 def two_processes(script: list[str], **more) -> subprocess.CompletedProcess:
+    return together(script, 2, **more)
+
+
+def together(script: list[str], processes: int, **more) -> subprocess.CompletedProcess:
+    """A script on that many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc_per_node=2", *script]
+               f"--nproc_per_node={processes}", *script]
     # Of the environment nothing is lost: it may hold settings of nccl.
     env = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600,
@@ -268,6 +273,34 @@ def test_a_process_that_dies_ends_the_run_and_costs_no_checkpoint(tmp_path):
 def test_a_late_process_does_not_take_the_first_save_for_another_run(tmp_path):
     script = script_with(LATE, tmp_path / "late.py")
     done = two_processes([script, *FLAGS, "--steps=2", f"--out={tmp_path / 'out'}"])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+PARTS = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from engine import parallel
+
+parallel.join(torch.device("cpu"))
+mesh = init_device_mesh("cpu", (6,))           # keeps the group, as fully_shard's memory does
+
+def last_messages():
+    numbers = [torch.empty(1000) for _ in range(6)]
+    for _ in range(3):
+        message = torch.ones(1000)
+        dist.all_gather(numbers, message)
+        dist.all_reduce(message)
+
+last_messages()
+"""
+
+
+def test_processes_part_in_peace_right_after_their_last_message(tmp_path):
+    """A thread of gloo that still holds a tensor of the last message, and asks for the
+    interpreter while it shuts down, aborts its process: so ended some of these runs."""
+    script = tmp_path / "parts.py"
+    script.write_text(PARTS)
+    done = together([str(script)], 6, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
