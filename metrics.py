@@ -12,6 +12,7 @@ drift is a curve:
     caption_match      [B, F]         does the frame show what its caption says?
     motion_residual    [B]            how far from true flight and bounce, in pixels
     survival_report                   a summary of many rollouts
+    recall_report                     the same for the recall world
 
 All are for the shapes world: one coloured subject, which is one of three shapes.
 
@@ -397,6 +398,67 @@ def survival_report(
     return report
 
 
+# ---- recall: behind the curtain --------------------------------------------------------------
+
+def in_view(video: torch.Tensor) -> torch.Tensor:
+    """Is the curtain of the recall world open? bool [B, F].
+
+    A closed one is mid grey all over; else a frame is black but for its subject and the gauge.
+    """
+    light = clamped(video).mean((2, 3, 4))
+    return light < -0.5
+
+
+def recalled(video: torch.Tensor, colour: torch.Tensor, shape: torch.Tensor,
+             when: torch.Tensor) -> dict[str, torch.Tensor]:
+    """For each video the share, [B], of the frames `when` [B, F] that show a subject (alive),
+    that of index `colour` [B], and that of index `shape` [B]. All are 0 without such a frame.
+    """
+    there = alive(video) & when                              # [B, F]
+    right_colour = colour_index(video) == colour[:, None]
+    right_shape = shape_index(video) == shape[:, None]
+    frames = when.sum(1)
+    frames = frames.clamp_min(1)                             # [B]
+    right = {"alive": there, "colour": there & right_colour, "shape": there & right_shape}
+    shares = {}
+    for name, seen in right.items():
+        shares[name] = seen.sum(1) / frames
+    return shares
+
+
+def recall_report(video: torch.Tensor, captions: torch.Tensor) -> dict[str, float]:
+    """How much of the subject comes back, of B videos of the recall world: means of `recalled`.
+
+    The subject is what is in view before the first curtain, by its most frequent colour and
+    shape. Judged are all frames in view after that curtain; a video that never opens it again
+    has 0 of everything. The captions are null and say nothing.
+    """
+    view = in_view(video)                                    # [B, F]
+    closes = view[:, :-1] & ~view[:, 1:]                     # a curtain that hides something
+    curtains = closes.cumsum(1)
+    curtains = nnf.pad(curtains, (1, 0))                     # [B, F], so far
+    before = view & (curtains == 0)
+    after = view & (curtains > 0)
+    colour = most_frequent(colour_index(video), before, HUES)
+    shape = most_frequent(shape_index(video), before, len(SHAPES))
+    report = {}
+    for name, share in recalled(video, colour, shape, after).items():
+        mean = share.mean()
+        report[name] = mean.item()
+    return report
+
+
+def most_frequent(index: torch.Tensor, when: torch.Tensor, kinds: int) -> torch.Tensor:
+    """The most frequent index, 0 to kinds - 1, in the frames `when` [B, F] of each video: [B];
+    -1 where there is none."""
+    every = torch.arange(kinds, device=index.device)
+    shows = index[..., None] == every                        # [B, F, kinds]
+    shows &= when[..., None]
+    count = shows.sum(1)                                     # [B, kinds]
+    most, best = count.max(1)
+    return best.masked_fill(most == 0, -1)
+
+
 def asked_or_usual(ids: torch.Tensor, first_id: int, seen: torch.Tensor) -> torch.Tensor:
     """The index, [B], that each caption's word asks for.
 
@@ -416,3 +478,7 @@ def kept(seen: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def mostly(right: torch.Tensor) -> torch.Tensor:
     """bool [B, frames] -> bool [B]: in at least 90 % of the frames."""
     return right.float().mean(1) >= 0.9
+
+
+# What judges the videos of a world: a function of video and captions to shares by name.
+REPORTS = {"shapes": survival_report, "recall": recall_report}

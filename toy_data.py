@@ -3,6 +3,7 @@
     shapes     a coloured disc, square or triangle bounces on black
     digits     a handwritten digit bounces on black
     occluder   a small shape passes behind a grey bar, and must be remembered meanwhile
+    recall     a curtain hides a shape for longer than a small window remembers
 
 A clip is a pure function of (seed, index): the pair seeds a random generator, the generator
 draws a `Plan` (what, in which colour, from where, how fast), and the rest is geometry. So any
@@ -246,6 +247,10 @@ class Shapes(Clips):
         super().__init__(name, frames, size, seed)
         self.box = self.half_box * size                      # half the box's side, in pixels
 
+    def walls(self):
+        """(lowest, highest) place of the box's centre, in pixels: for y and x alike, or [2]."""
+        return self.box, self.size - self.box
+
     def plan(self, index: int) -> Plan:
         """What happens in clip `index`. Drawn in another order, these are other clips."""
         rng = np.random.default_rng((self.seed, int(index)))
@@ -265,7 +270,7 @@ class Shapes(Clips):
     def draw_flight(self, rng, step: float):
         """(start, velocity), each (y, x), of a thing that moves `step` pixels a frame."""
         angle = rng.uniform(0, 2 * math.pi)
-        start = rng.uniform(self.box, self.size - self.box, 2)
+        start = rng.uniform(*self.walls(), 2)
         return start, (step * math.sin(angle), step * math.cos(angle))
 
     def batch(self, indices):
@@ -275,7 +280,7 @@ class Shapes(Clips):
         # Where the thing is: its whole flight at once.
         start = np.array([plan.start for plan in plans])                 # [B, 2]
         velocity = np.array([plan.velocity for plan in plans])           # [B, 2]
-        flight = bounce(start, velocity, self.frames, self.box, self.size - self.box)
+        flight = bounce(start, velocity, self.frames, *self.walls())     # [B, F, 2]
         centre = torch.from_numpy(flight).float()                        # [B, F, 2]
 
         # How much of each pixel it covers, and in which colour.
@@ -352,7 +357,84 @@ class Digits(Shapes):
         return cover.view(-1, self.frames, self.size, self.size)
 
 
-WORLDS = {"shapes": Shapes, "digits": Digits, "occluder": Occluder}
+class Recall(Shapes):
+    """A subject of the shapes world is in view for 6 frames, a curtain hides it for 24, and so
+    on for ever. Nothing is said: the caption is the null caption.
+
+    The subject flies on behind the curtain, so what comes out is known: colour, shape, place.
+    A gauge at the frame's foot shows *when*: its grey track is as long as the curtain, an eighth
+    of the frame for 3 frames; its white part fills while the subject is in view and runs down
+    while it is not. So every frame tells all about the curtain, to a model that sees three frames as to
+    one that sees 36, and what needs memory is the subject alone.
+
+    With `vary`, as make_world has it, a clip has a curtain of its own length, a multiple of 3
+    up to `curtain`, and every other clip begins anywhere in its period: that is for training,
+    since a stream meets its curtain at any place of the window. Without, every clip begins as
+    above. The subject of clip i is the same in both.
+    """
+    colours = things = paces = ()      # the words of its captions: none
+    SEEN = 6                           # frames in view
+    LONGEST = 24                       # frames of a curtain whose gauge is as wide as the frame
+    CHUNK = 3                          # lengths and beginnings are whole chunks
+    GAUGE = 2 / 16                     # its height, a share of the frame
+    CURTAIN = 0.0                      # mid grey
+
+    def __init__(self, name: str, frames: int, size: int, seed: int, curtain: int = LONGEST,
+                 vary: bool = True):
+        super().__init__(name, frames, size, seed)
+        if curtain % self.CHUNK or not self.CHUNK <= curtain <= self.LONGEST:
+            raise ValueError(f"a curtain closes for 3, 6, ... {self.LONGEST} frames, not for "
+                             f"{curtain}")
+        self.curtain = curtain
+        self.vary = vary
+        self.gauge = round(self.GAUGE * size)                # rows of pixels
+
+    def walls(self):
+        """The subject stays above the gauge."""
+        highest = np.array([self.size - self.gauge, self.size]) - self.box
+        return self.box, highest
+
+    def plan(self, index):
+        rng = np.random.default_rng((self.seed, int(index)))
+        colour = tuple(COLOURS)[rng.integers(HUES)]
+        word, kind = self.draw_thing(rng)
+        step = rng.uniform(SPEEDS["slow"][0], SPEEDS["fast"][1]) * self.size / 16
+        start, velocity = self.draw_flight(rng, step)
+        return Plan(colour, word, "", kind, start, velocity)
+
+    def schedule(self, index: int) -> tuple[int, int]:
+        """(length of the curtain, frame of the period at which the clip begins)."""
+        if not self.vary:
+            return self.curtain, 0
+        rng = np.random.default_rng((self.seed, int(index), 1))
+        length = self.CHUNK * int(rng.integers(1, self.curtain // self.CHUNK + 1))
+        anywhere = rng.integers(2)
+        begin = self.CHUNK * int(rng.integers((self.SEEN + length) // self.CHUNK))
+        return length, begin * int(anywhere)
+
+    def batch(self, indices):
+        video, captions = super().batch(indices)
+        schedules = torch.tensor([self.schedule(index) for index in indices])    # [B, 2]
+        length, begin = schedules.T[..., None]                                   # [B, 1] each
+        time = (torch.arange(self.frames) + begin) % (self.SEEN + length)        # [B, F]
+        closed = time >= self.SEEN
+        video.masked_fill_(closed[..., None, None, None], self.CURTAIN)
+
+        filling = (time + 1) * length / self.SEEN
+        emptying = self.SEEN + length - 1 - time
+        left = torch.where(closed, emptying, filling)                            # [B, F]
+        track = self.bar(length)                                                 # [B, 1, w]
+        gauge = track + self.bar(left) - 1                                       # [B, F, w]
+        video[..., -self.gauge:, :] = gauge[:, :, None, None]
+        return video, torch.zeros_like(captions)
+
+    def bar(self, length: torch.Tensor) -> torch.Tensor:
+        """A bar for so many frames [...]: the share of each pixel that it covers, [..., w]."""
+        pixels = length[..., None] * self.size / self.LONGEST
+        return (pixels - torch.arange(self.size)).clamp(0, 1)
+
+
+WORLDS = {"shapes": Shapes, "digits": Digits, "occluder": Occluder, "recall": Recall}
 
 
 def words_of(data: str) -> tuple[tuple[str, ...], ...]:
