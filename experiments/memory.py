@@ -33,6 +33,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from statistics import mean
 from threading import BrokenBarrierError
 
 import torch
@@ -41,10 +42,11 @@ from torch import Tensor
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from engine.checkpoint import save_model
+from engine.checkpoint import load_model, save_model
 from engine.command_line import (UserError, check_bounds, default_device, pick_device,
                                  provenance, run, tell)
 from engine.trainer import fast_products
+from experiments.memory_figure import draw_figure, draw_gif
 from flow import SAMPLERS, Draws, Stream, rollout
 from metrics import alive, centroid, in_view, recalled
 from mla_video import PRESETS, Config, VideoDiT
@@ -251,12 +253,8 @@ def judge_opening(video: Tensor, truth: Tensor, world: Recall) -> dict:
     how far it is from that of another video. In `videos` the frames of six that are right, a
     digit for each video."""
     plans = [world.plan(index) for index in range(len(video))]
-    colour = torch.tensor([list(COLOURS).index(plan.colour) for plan in plans])
-    shape = torch.tensor([plan.thing for plan in plans])
-    every = torch.ones(video.shape[:2], dtype=torch.bool)
-    shares = recalled(video, colour, shape, every)
     found = {"videos": {}}
-    for name, share in shares.items():
+    for name, share in shares_of(video, plans).items():
         frames = (SEEN * share).round().int().tolist()
         found[name] = mean_of(share)
         found["videos"][name] = "".join(map(str, frames))
@@ -267,6 +265,14 @@ def judge_opening(video: Tensor, truth: Tensor, world: Recall) -> dict:
         away = (place - other).norm(dim=-1)                                # [B, 6]
         found[name] = mean_of(away[there])
     return found
+
+
+def shares_of(video: Tensor, plans: list) -> dict[str, Tensor]:
+    """`recalled` of all frames of videos with these plans."""
+    colour = torch.tensor([list(COLOURS).index(plan.colour) for plan in plans])
+    shape = torch.tensor([plan.thing for plan in plans])
+    every = torch.ones(video.shape[:2], dtype=torch.bool)
+    return recalled(video, colour, shape, every)
 
 
 def mean_of(values: Tensor) -> float | None:
@@ -354,6 +360,92 @@ def one_line(facts: dict, length: str, behind: dict) -> str:
             f"{facts['judging_seconds']} s")
 
 
+# ---- pictures and table ---------------------------------------------------------------------
+
+def draw(args: argparse.Namespace) -> None:
+    """The figure, and the videos of the first seed's models."""
+    found = json.loads(args.json.read_text())
+    draw_figure(found, args.json.with_suffix(".png"))
+    models = {}
+    for name, kind in (("dense", "dense"), ("MLA", "mla")):
+        path = args.out / f"{kind}_0.pt"
+        if not path.exists():
+            tell(f"there is no {path}, so no videos are drawn")
+            return
+        models[name], _ = load_model(path)
+    c = models["MLA"].config
+    curtain = int(list(found["runs"][0]["curtains"])[-1])
+    frames = SEEN + 3 * (SEEN + curtain)
+    world = Recall("recall", frames, c.height, UNSEEN, curtain, vary=False)
+    indices = four_colours(world)
+    truth, captions = world.batch(indices)
+    videos = {"truth": truth}
+    bytes_of = {}
+    for name, model in models.items():
+        videos[name] = continued(model, truth, captions, seed=0)
+        bytes_of[name] = cache_bytes(model.config)
+    plans = [world.plan(index) for index in indices]
+    said = [below(videos, plans, SEEN + curtain, i) for i in range(frames)]
+    draw_gif(videos, bytes_of, said, found, args.json.with_suffix(".gif"))
+    print(table(found))
+
+
+def four_colours(world: Recall) -> list[int]:
+    """The first four clips of four colours."""
+    first = {}
+    for index in range(1000):
+        first.setdefault(world.plan(index).colour, index)
+    return list(first.values())[:4]
+
+
+def below(videos: dict[str, Tensor], plans: list, period: int, i: int) -> dict[str, str]:
+    """What stands under frame i of each: at an opening and after it how many of the videos
+    show their subject, its colour and its shape in most of its frames."""
+    closed = i % period >= SEEN
+    words = {"truth": "the curtain is closed" if closed else "made by both"}
+    if i < SEEN:
+        words["truth"] = "given to both"
+    start = i // period * period
+    for name in list(videos)[1:]:
+        words[name] = ""
+        if start:
+            share = right_share(videos[name][:, start:start + SEEN], plans)
+            words[name] = f"remembers {int((share > 0.5).sum())} of {len(plans)}"
+    return words
+
+
+def right_share(video: Tensor, plans: list) -> Tensor:
+    """For each video the lesser of the shares of its frames that have colour and shape."""
+    shares = shares_of(video, plans)
+    return torch.minimum(shares["colour"], shares["shape"])
+
+
+# ---- the table ------------------------------------------------------------------------------
+
+def table(found: dict) -> str:
+    """Markdown: each kind behind the longest curtain, first and last time, over the seeds."""
+    length = max(map(int, found["runs"][0]["curtains"]))
+    head = ["attention", "window", "bytes a video", f"alive behind {length} frames", "colour",
+            "shape", "colour at the last opening", "shape at the last opening"]
+    lines = [head, ["---"] * len(head)]
+    for kind, facts in found["kinds"].items():
+        openings = [run["curtains"][str(length)]["openings"] for run in found["runs"]
+                    if run["kind"] == kind]
+        cells = [facts["attention"], facts["window"], f"{facts['cache_bytes']:,}"]
+        cells += [spread(openings, 0, metric) for metric in ("alive", "colour", "shape")]
+        cells += [spread(openings, -1, metric) for metric in ("colour", "shape")]
+        lines.append(cells)
+    chance = ["chance", "", "", "", "17 %", "33 %", "17 %", "33 %"]
+    rows = ["| " + " | ".join(map(str, cells)) + " |" for cells in [*lines, chance]]
+    return "\n".join(rows)
+
+
+def spread(seeds: list[list[dict]], which: int, metric: str) -> str:
+    """Mean over seeds [least, most], in per cent, at one of the openings."""
+    values = [100 * openings[which][metric] for openings in seeds]
+    return f"{mean(values):.0f} % [{min(values):.0f}, {max(values):.0f}]"
+
+
 def describe(plan: Plan) -> dict:
     """What all runs share."""
     kinds = {}
@@ -410,6 +502,8 @@ def memory(args: argparse.Namespace) -> None:
             args.json = args.out / "memory.json"
     if args.only != "draw":
         measure(args, plan)
+    if args.only != "measure":
+        draw(args)
 
 
 if __name__ == "__main__":
