@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ FILMS = (".gif", *VIDEOS)
 PICTURES = (".png", ".jpg", ".jpeg")
 ROOM = 2**32                               # bytes of clips that are held in memory
 MOST_PIXELS = 2**30                        # of a GIF: a small file may unfold to anything
+TICK = 10                                  # milliseconds: the unit of a GIF's times
 SILENCE = 5                                # seconds between two lines on how far it is
 
 
@@ -262,15 +264,16 @@ class Reader:
             if gif.n_frames * gif.width * gif.height > MOST_PIXELS:
                 raise UserError(f"{gif.n_frames} pictures of {gif.width} x {gif.height} "
                                 "would fill the memory")
-            rates = set()
+            times = []                     # of each frame, in milliseconds
 
             def frames():
                 for frame in sequence.Iterator(gif):
                     # An old rule of browsers: without a duration it is a tenth of a second.
-                    rates.add(1000 / (frame.info.get("duration") or 100))
+                    times.append(frame.info.get("duration") or 100)
                     yield np.asarray(frame.convert("RGB"))
 
-            return self.collect(frames(), path, rates)
+            clip = self.collect(frames(), path, set())
+            return clip._replace(rates=rates_of(times))
 
     def read_video(self, path: Path) -> Stack:
         av = import_module("av")
@@ -318,6 +321,14 @@ class Reader:
                            f"{self.frames} or more")
         clip = np.concatenate(scaled)                      # [T, h, w, 3]
         return Stack(clip[None], path, size, rates=tuple(rates))
+
+
+def rates_of(times: list[float]) -> tuple[float, ...]:
+    """Frames a second of a GIF whose frames last so many milliseconds each. A GIF counts in
+    ticks of 10, so times that differ by no more than one are one rate: their mean's."""
+    if max(times) - min(times) <= TICK:
+        return (1000 / mean(times),)
+    return tuple({1000 / time for time in times})
 
 
 def array_of_archive(path: Path) -> tuple[np.ndarray, str]:

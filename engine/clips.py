@@ -22,6 +22,8 @@ from toy_data import CAPTION_SLOTS, WORLDS, Clips, make_world
 
 BLOCK = 2**20                              # bytes; of a large file 64 are hashed
 BLOCKS = 64
+HELD_OUT = 10                              # of so many clips one is held out,
+ENOUGH = 40                                # if there are so many
 
 
 # A damaged header overflows before it is refused: one line says so, not two.
@@ -56,7 +58,8 @@ def open_world(data: str, frames: int = 12, size: int = 16, seed: int = 0,
 class Stored(Clips):
     """Windows of F frames from a user's clips, without captions.
 
-    A clip is drawn, each as often as any other, and then a window in it. `fingerprint` tells
+    A clip is drawn, each as often as any other, and then a window in it. Of 40 clips and more
+    every tenth is held out: it is never drawn, and `to_judge` takes it. `fingerprint` tells
     these clips from others, `reads` says what is in the file and how it is read, and
     `warnings` are lines about what looks wrong.
     """
@@ -78,12 +81,17 @@ class Stored(Clips):
         self.scale = reader.values.scale()
         layouts = {stack.layout for stack in self.stacks}
         self.fingerprint = fingerprint_of_files(files, f"{sorted(layouts)} {border}")
-        self.reads = "; ".join(self.in_words(path, reader.values.in_words()))
 
         self.places = []                   # of each clip: its stack, and its number there
         for stack in self.stacks:
             for number in range(len(stack.clips)):
                 self.places.append((stack, number))
+        self.held_out = []                 # numbers of clips
+        if len(self.places) >= ENOUGH:
+            self.held_out = list(range(HELD_OUT - 1, len(self.places), HELD_OUT))
+        held = set(self.held_out)
+        self.drawn = [clip for clip in range(len(self.places)) if clip not in held]
+        self.reads = "; ".join(self.in_words(path, reader.values.in_words()))
 
     def batch(self, indices):
         windows = []
@@ -96,12 +104,25 @@ class Stored(Clips):
 
     def draw(self, index: int) -> tuple[int, int]:
         """(number of the clip, first frame) of window `index`."""
+        return self.draw_from(self.drawn, index)
+
+    def draw_from(self, clips: list[int], index: int) -> tuple[int, int]:
         rng = np.random.default_rng((self.seed, int(index)))
-        clip = int(rng.integers(len(self.places)))
+        clip = clips[int(rng.integers(len(clips)))]
         stack, _ = self.places[clip]
         length = stack.clips.shape[1]
         first = int(rng.integers(length - self.frames + 1))
         return clip, first
+
+    def to_judge(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """So many windows and their captions, of clips that are held out if any are."""
+        windows = []
+        captions = []
+        for index in range(2**31, 2**31 + count):
+            clip, first = self.draw_from(self.held_out or self.drawn, index)
+            windows.append(self.window(clip, first))
+            captions.append(self.caption(clip))
+        return torch.stack(windows), torch.stack(captions)
 
     def window(self, clip: int, first: int) -> torch.Tensor:
         """The window of a clip from frame `first` on: float32 [F, 3, size, size] in [-1, 1]."""
@@ -137,6 +158,8 @@ class Stored(Clips):
                 words = f"the centre of {words}"
         if words:
             said.append(words)
+        if self.held_out:
+            said.append(f"{len(self.held_out)} clips held out, to judge by")
         return said
 
 

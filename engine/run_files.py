@@ -24,6 +24,7 @@ from engine.command_line import UserError, as_user_error
 from engine.judging import PROMPTS, evaluate, report_survival, unseen_captions
 from engine.loader import WorkerDied
 from engine.locks import lock
+from engine.normal import judge_next_chunk, loss_lines, next_chunk_line
 from engine.parallel import processes, rank
 from engine.progress import watched
 from engine.trainer import Resumable
@@ -40,9 +41,9 @@ STATE = {"config", "recipe", "asked", "step", "seconds", "learner", "critic", "f
 KEPT = {"stage": str, "data": str, "layout": (str, type(None)), "border": bool, "preset": str,
         "attention": str, "config": list, "steps": (int, type(None)),
         "batch": (int, type(None)), "seed": int, "deterministic": bool}
-# And what train.pt holds besides: the kind of device that the recipe is for, and which data it
-# was, whatever its file is called.
-ASKED = {**KEPT, "machine": str, "fingerprint": str}
+# And what train.pt holds besides: the kind of device that the recipe is for, which data it was,
+# whatever its file is called, and the stage of the weights that the run started from.
+ASKED = {**KEPT, "machine": str, "fingerprint": str, "started": str}
 
 
 # ---- may it begin? ---------------------------------------------------------------------------
@@ -138,25 +139,28 @@ def starting_weights(args: argparse.Namespace, model: VideoDiT, score: VideoDiT 
                      stage: str, allowed: tuple[str, ...],
                      world) -> tuple[VideoDiT, VideoDiT | None, str]:
     """(model, score, where they come from) of a stage that begins: what --start and --score
-    name, else what the stage before left in --out, else the new weights given."""
+    name, else what the stage before left in --out, else the new weights given. `args.started`
+    becomes the stage of the model's weights, or "scratch"."""
     out = Path(args.out)
+    args.started = "scratch"
     origins = []
     start = Path(args.start or out / f"{allowed[0]}.pt")
     left = allowed[0] != "" and start.is_file()
     if args.start or left or "" not in allowed:
-        model = load_start(start, stage, allowed, model.config, world)
+        model, args.started = load_start(start, stage, allowed, model.config, world)
         origins.append(str(start))
     if stage == "dmd":
         path = Path(args.score or out / "score.pt")
-        score = load_start(path, stage, ("score",), model.config, world)
+        score, _ = load_start(path, stage, ("score",), model.config, world)
         origins.append(str(path))
     return model, score, " and ".join(origins) or "scratch"
 
 
 def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
-               world) -> VideoDiT:
-    """The weights that a stage starts from; UserError that names both sides if they are of
-    another kind. `allowed` are the stages that it may start from, "" being from scratch."""
+               world) -> tuple[VideoDiT, str]:
+    """(the weights that a stage starts from, the stage that left them); UserError that names
+    both sides if they are of another kind. `allowed` are the stages that it may start from, ""
+    being from scratch."""
     names = [name for name in allowed if name]
     if not path.is_file():
         needed = " or ".join(f"a {name} model" for name in names)
@@ -179,7 +183,7 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
         if theirs != needed[what]:
             raise UserError(f"stage {stage} cannot start from {path}: its {what} is {theirs}, "
                             f"and {needed[what]} is needed")
-    return model.float()
+    return model.float(), found["stage"]
 
 
 # ---- going on --------------------------------------------------------------------------------
@@ -196,7 +200,8 @@ def sole_writer(out: Path) -> Iterator[None]:
 def asked_for(args: argparse.Namespace, world) -> dict:
     """What train.pt holds of the flags, so that --resume need not be given them again."""
     kept = {name: getattr(args, name) for name in KEPT}
-    return {**kept, "machine": args.machine, "fingerprint": world.fingerprint}
+    return {**kept, "machine": args.machine, "fingerprint": world.fingerprint,
+            "started": args.started}
 
 
 def as_begun(args: argparse.Namespace, state: dict) -> argparse.Namespace:
@@ -213,6 +218,7 @@ def as_begun(args: argparse.Namespace, state: dict) -> argparse.Namespace:
         raise UserError(f"the run in {args.out} was trained on {data!r}, and there is no such "
                         "file now: name where it is with --data")
     flags["machine"] = asked["machine"]
+    flags["started"] = asked["started"]
     return argparse.Namespace(**flags)
 
 
@@ -223,6 +229,8 @@ def read_state(path: Path) -> dict:
                         "without --resume, or name the folder of another with --out")
     state = read_last_good(path, STATE)
     recipe = state["recipe"]
+    if isinstance(state["asked"], dict):
+        state["asked"].setdefault("started", "")           # earlier versions did not keep it
     good = isinstance(state["config"], dict) and isinstance(recipe, dict)
     if good:
         numbers = [state["step"], recipe.get("steps"), recipe.get("batch"), recipe.get("seed")]
@@ -452,15 +460,21 @@ def report(trainer: Resumable, out: Path, rollouts: int, about: dict) -> None:
     if stage in SAMPLERS and rollouts and trainer.world.name == "shapes":
         judged = report_survival(trainer.ema, rollouts, 10 * config.frames, recipe.seed,
                                  **SAMPLERS[stage])
+    next_chunk = judge_next_chunk(trainer)
+    if next_chunk:
+        print(next_chunk_line(next_chunk, recipe.steps))
     figures = {
         **about, "stage": stage, "attention": config.attention, "steps": trainer.step,
         "batch": recipe.batch, "seed": recipe.seed,
         "training_seconds": round(trainer.seconds, 1),
         "saving_seconds": round(trainer.saving, 2),
         "processes": processes(), "threads": torch.get_num_threads(),
-        "loss_by_noise": by_noise, "rollouts": rollouts, "survival": judged}
+        "loss_by_noise": by_noise, "rollouts": rollouts, "survival": judged,
+        "next_chunk": next_chunk}
     (out / f"report_{stage}.json").write_text(json.dumps(figures, indent=1))
     names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    for line in loss_lines(trainer):
+        print(line)
     print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {out} now: "
           f"{', '.join(names)}")
     if stage in SAMPLERS:
