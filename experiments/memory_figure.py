@@ -16,35 +16,53 @@ COLOURS = {"mla": "#009e73", "dense": "#d55e00", "wide": "0.45"}
 STYLES = {"mla": dict(marker="o", zorder=3), "dense": dict(marker="s"),
           "wide": dict(marker="^", linestyle="--")}
 CHANCE = {"colour": 1 / 6, "shape": 1 / 3}
+BARS = {"MLA": MLA, "dense": DENSE}
 FPS = 8
 
 
 # ---- the figure -----------------------------------------------------------------------------
 
-def name_of(found: dict, kind: str) -> str:
-    facts = found["kinds"][kind]
+def name_of(facts: dict) -> str:
     attention = {"mla": "MLA", "dense": "dense"}[facts["attention"]]
     return f"{attention}, {facts['window']} frames: {facts['cache_bytes']:,} bytes"
 
 
-def by_length(found: dict, kind: str, metric: str) -> tuple[list[int], list[list[float]]]:
-    """(lengths of curtains, for each seed the share behind each of them)."""
-    shares = []
-    for run in found["runs"]:
-        if run["kind"] == kind:
-            curtains = run["curtains"]
-            shares.append([behind["openings"][0][metric] for behind in curtains.values()])
-    return [int(length) for length in curtains], shares
+def runs_of(found: dict, kind: str) -> list[dict]:
+    return [run for run in found["runs"] if run["kind"] == kind]
 
 
-def by_opening(found: dict, kind: str, metric: str) -> tuple[list[int], list[list[float]]]:
-    """(1, 2, ..., for each seed the share at each opening of the longest curtain)."""
-    shares = []
-    for run in found["runs"]:
-        if run["kind"] == kind:
-            *_, longest = run["curtains"].values()
-            shares.append([opening[metric] for opening in longest["openings"]])
-    return list(range(1, len(shares[0]) + 1)), shares
+def longest(found: dict) -> int:
+    """Frames of the longest curtain."""
+    curtains = found["runs"][0]["curtains"]
+    return max(map(int, curtains))
+
+
+def by_length(found: dict, kind: str, metric: str) -> list[list[float]]:
+    """For each seed the share behind curtains of each length, when they first open."""
+    seeds = []
+    for run in runs_of(found, kind):
+        firsts = [behind["openings"][0] for behind in run["curtains"].values()]
+        seeds.append([first[metric] for first in firsts])
+    return seeds
+
+
+def by_opening(found: dict, kind: str, metric: str) -> list[list[float]]:
+    """For each seed the share at each opening of the longest curtain."""
+    seeds = []
+    for run in runs_of(found, kind):
+        behind = run["curtains"][str(longest(found))]
+        seeds.append([opening[metric] for opening in behind["openings"]])
+    return seeds
+
+
+def curves(axis, found: dict, metric: str, x: list[int], points) -> None:
+    """A line for each kind and one for chance."""
+    for kind, facts in found["kinds"].items():
+        if seeds := points(found, kind, metric):
+            band(axis, x, seeds, name_of(facts), COLOURS[kind], linewidth=2.2, **STYLES[kind])
+    axis.axhline(CHANCE[metric], **THIN)
+    axis.set_ylim(0, 1.04)
+    axis.set_xticks(x)
 
 
 def draw_figure(found: dict, path: Path) -> None:
@@ -54,36 +72,27 @@ def draw_figure(found: dict, path: Path) -> None:
     from matplotlib import pyplot
     pyplot.rcParams.update({"font.size": 14})
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 8.6), sharey=True)
-    kinds = [kind for kind in found["kinds"] if any(run["kind"] == kind for run in found["runs"])]
-    for row, points in zip(axes, (by_length, by_opening)):
-        for axis, metric in zip(row, CHANCE):
-            for kind in kinds:
-                x, shares = points(found, kind, metric)
-                band(axis, x, shares, name_of(found, kind), COLOURS[kind], linewidth=2.2,
-                     **STYLES[kind])
-            axis.axhline(CHANCE[metric], **THIN)
-            axis.set_ylim(0, 1.04)
-            axis.set_xticks(x)
-    reach = found["kinds"]["dense"]["reach"]
-    for axis, metric in zip(axes[0], CHANCE):
-        axis.set_title(f"{metric} right")
-        axis.axvline(reach - 1.5, color="0.85", linewidth=5, zorder=0)
-        axis.set_xlabel("frames behind the curtain")
-    for axis in axes[1]:
-        axis.set_xlabel(f"opening, curtain of {x_longest(found)} frames")
-    axes[0][0].text(reach - 0.9, 0.93, "no news passes\nfrom here on", fontsize=11, va="top",
-                    color=COLOURS["dense"])
-    axes[0][0].text(x_longest(found), CHANCE["colour"] + 0.02, "chance", fontsize=11, ha="right")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=1, frameon=False)
+    curtain = longest(found)
+    lengths = [int(length) for length in found["runs"][0]["curtains"]]
+    openings = len(found["runs"][0]["curtains"][str(curtain)]["openings"])
+    turns = list(range(1, openings + 1))
+    end = found["kinds"]["dense"]["reach"] - 1.5           # between two lengths
+    for metric, (above, below) in zip(CHANCE, axes.T):
+        above.set_title(f"{metric} right")
+        above.axvline(end, color="0.85", linewidth=5, zorder=0)
+        above.set_xlabel("frames that the curtain stays closed")
+        below.set_xlabel(f"opening, curtain of {curtain} frames")
+        curves(above, found, metric, lengths, by_length)
+        curves(below, found, metric, turns, by_opening)
+    first = axes[0][0]
+    words = "of what was\nmore frames ago\na window of 6\nknows nothing"
+    first.text(end + 0.5, 0.9, words, fontsize=11, va="top", color=COLOURS["dense"])
+    first.text(curtain, CHANCE["colour"] + 0.02, "chance", fontsize=11, ha="right")
+    figure.legend(*first.get_legend_handles_labels(), loc="lower center", frameon=False)
     figure.tight_layout(rect=(0, 0.13, 1, 1))
-    functions = draw_figure, by_length, by_opening, name_of, x_longest
-    figure.savefig(path, dpi=110, metadata={"drawn_by": stamp(found, *functions)})
+    drawers = draw_figure, curves, by_length, by_opening, longest, runs_of, name_of
+    figure.savefig(path, dpi=110, metadata={"drawn_by": stamp(found, *drawers)})
     pyplot.close(figure)
-
-
-def x_longest(found: dict) -> int:
-    return max(map(int, found["runs"][0]["curtains"]))
 
 
 # ---- the videos -----------------------------------------------------------------------------
@@ -106,8 +115,8 @@ def panels(videos: dict, bytes_of: dict, said: list[str], i: int) -> Image.Image
             text(draw, (x, bars + 23), said[i][name], 18, FAINT)
             continue
         share = bytes_of[name] / max(bytes_of.values())
-        colour = MLA if name.startswith("MLA") else DENSE
-        draw.rectangle((x, bars, x + round(share * side) - 1, bars + 17), fill=colour)
+        end = x + round(share * side) - 1
+        draw.rectangle((x, bars, end, bars + 17), fill=BARS[name])
         text(draw, (x, bars + 22), f"cache {bytes_of[name]:,} bytes", 20)
         text(draw, (x, bars + 46), said[i][name], 18, INK)
     return picture
@@ -119,7 +128,9 @@ def draw_gif(videos: dict, bytes_of: dict, said: list[dict], found: dict, path: 
     grids = {name: grid(video) for name, video in videos.items()}
     drawn = [panels(grids, bytes_of, said, i) for i in range(len(said))]
     palette = side_by_side(drawn[::3]).quantize(255)       # one for all: nothing flickers
-    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in drawn]
+    pictures = []
+    for picture in drawn:
+        pictures.append(picture.quantize(palette=palette, dither=Image.Dither.NONE))
     comment = f"drawn_by {stamp(found, draw_gif, panels, side_by_side)}"
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // FPS,
                      loop=0, optimize=True, disposal=1, comment=comment)

@@ -1,5 +1,7 @@
 """The recall world: what its curtain hides, what its gauge tells, and how its videos are
-judged. Clips as functions of (seed, index): test_toy_data.py, for every world."""
+judged."""
+
+from collections import Counter
 
 import pytest
 import torch
@@ -9,19 +11,24 @@ from hypothesis import strategies as st
 import metrics
 import toy_data as td
 
-LENGTHS = st.integers(1, 8).map(lambda chunks: 3 * chunks)
+LENGTHS = tuple(range(3, 27, 3))
+lengths = st.sampled_from(LENGTHS)
+indices = st.lists(st.integers(0, 2**62), min_size=1, max_size=4)
+FEW = settings(max_examples=6, deadline=None)
+ALL = {"alive": 1, "colour": 1, "shape": 1}
+NOTHING = {"alive": 0, "colour": 0, "shape": 0}
 
 
 def steady(frames: int, curtain: int = 24, size: int = 16, seed: int = 0) -> td.Recall:
     return td.Recall("recall", frames, size, seed, curtain, vary=False)
 
 
-@settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**62), indices=st.lists(st.integers(0, 2**62), min_size=1, max_size=4),
-       size=st.integers(8, 24), vary=st.booleans())
+# ---- the world -------------------------------------------------------------------------------
+
+@FEW
+@given(st.integers(0, 2**62), indices, st.integers(8, 24), st.booleans())
 def test_a_batch_is_its_clips_bit_for_bit(seed, indices, size, vary):
-    world = td.Recall("recall", 40, size, seed, vary=vary)
-    video, captions = world.batch(indices)
+    video, captions = td.Recall("recall", 40, size, seed, vary=vary).batch(indices)
     assert video.shape == (len(indices), 40, 3, size, size)
     assert video.dtype == torch.float32
     assert video.abs().max() <= 1
@@ -31,76 +38,85 @@ def test_a_batch_is_its_clips_bit_for_bit(seed, indices, size, vary):
         assert torch.equal(alone, video[b])
 
 
-@given(LENGTHS)
-@settings(max_examples=8, deadline=None)
+@FEW
+@given(lengths)
 def test_the_curtain_closes_and_opens_for_ever(length):
     period = 6 + length
-    video, _ = steady(4 * period, length).batch(range(6))
-    open_frames = torch.arange(4 * period) % period < 6
-    assert (metrics.in_view(video) == open_frames).all()
-    assert (metrics.alive(video) == open_frames).all()
+    video, _ = steady(3 * period, length).batch(range(4))
+    place = torch.arange(3 * period) % period
+    in_view = (place < 6).expand(4, -1)
+    assert torch.equal(metrics.in_view(video), in_view)
+    assert torch.equal(metrics.alive(video), in_view)
 
 
-@given(LENGTHS, st.integers(0, 2**31))
-@settings(max_examples=8, deadline=None)
+@FEW
+@given(lengths, st.integers(0, 2**31))
 def test_a_closed_curtain_hides_every_pixel(length, seed):
     """Closed frames are the same for every subject."""
-    video, _ = steady(80, length, seed=seed).batch(range(12))
-    closed = torch.arange(80) % (6 + length) >= 6
-    hidden = video[:, closed]
-    assert (hidden == hidden[:1]).all()
-    assert (video[:, ~closed] != video[:1, ~closed]).any(), "open frames differ"
+    video, _ = steady(60, length, seed=seed).batch(range(8))
+    place = torch.arange(60) % (6 + length)
+    closed = place >= 6
+    a, b = video.chunk(2)
+    same = (a == b).flatten(2)
+    same = same.all(2)                                     # [4, F]
+    assert same[:, closed].all()
+    assert not same.all()
 
 
 def test_a_frame_tells_all_about_the_curtain():
-    """No two of (length, place in the period) look alike at the frame's foot: a window of 3
+    """No two of (length, place in the period) look alike but for the subject: a window of 3
     frames knows as much about the curtain as one of 36."""
     looks = {}
-    for length in range(3, 27, 3):
+    for length in LENGTHS:
         video, _ = steady(6 + length, length).batch([0])
-        for place, frame in enumerate(video[0]):
-            closed = not metrics.in_view(frame[None, None]).item()
-            foot = frame[:, -2:].numpy().tobytes()
-            assert (closed, foot) not in looks, f"{(length, place)} looks like {looks[closed, foot]}"
-            looks[closed, foot] = (length, place)
-            assert (frame[:, -2:] == frame[:1, -1:]).all(), "the gauge is grey and of two rows"
+        closed = ~metrics.in_view(video)[0]
+        gauge = video[0, :, :, -2:]                        # [F, 3, 2, w]
+        row = gauge[:, :1, -1:]
+        assert torch.equal(gauge, row.expand_as(gauge)), "it is grey, and its rows are alike"
+        for place, (shut, levels) in enumerate(zip(closed.tolist(), row.flatten(1).tolist())):
+            look = (shut, *levels)
+            assert look not in looks, f"{(length, place)} looks like {looks[look]}"
+            looks[look] = (length, place)
 
 
 def test_the_subject_flies_on_behind_the_curtain_and_never_under_the_gauge():
-    bare = steady(90, 24)
-    bare.SEEN = 90                                         # as if the curtain never closed
-    seen, _ = bare.batch(range(40))
-    video, _ = steady(90, 24).batch(range(40))
-    above = slice(None, -2)
+    bare = steady(66)
+    bare.SEEN = 66                                         # as if it were never closed
+    seen, _ = bare.batch(range(20))
+    video, _ = steady(66).batch(range(20))
+    video = video[..., :-2, :]                             # without the gauge
     for start in (0, 30, 60):
         span = slice(start, start + 6)
-        assert torch.equal(video[:, span, :, above], seen[:, span, :, above])
+        assert torch.equal(video[:, span], seen[:, span, :, :-2])
     mass = metrics.subject_mass(seen) / metrics.true_mass(16)
-    assert mass.min() > 0.75 and mass.max() < 1.15, "a subject is cut"
+    assert mass.min() > 0.75, "a subject is cut"
+    assert mass.max() < 1.15
 
 
 def test_clips_for_training_vary():
-    """Every length; half begin in view, the others anywhere; the subject is that of the steady
-    world."""
+    """All lengths are as likely; one half of the clips begins in view, the other anywhere."""
     world = td.make_world("recall", 36)
-    schedules = [world.schedule(index) for index in range(2000)]
-    assert {length for length, _ in schedules} == set(range(3, 27, 3))
-    assert all(begin % 3 == 0 and begin < 6 + length for length, begin in schedules)
-    begins = [begin for length, begin in schedules if length == 24]
-    assert set(begins) == set(range(0, 30, 3))
-    share = begins.count(0) / len(begins)
-    assert 0.45 < share < 0.65, "1/2 + 1/2 * 1/10"
-    assert world.plan(5).colour == steady(36).plan(5).colour
-    assert torch.equal(world.batch([5])[0], world.batch([5])[0])
+    schedules = Counter(world.schedule(index) for index in range(4000))
+    for length in LENGTHS:
+        places = range(0, 6 + length, 3)
+        clips = [schedules[length, begin] for begin in places]
+        total = sum(clips)
+        assert 400 < total < 600
+        assert min(clips) > 0
+        in_view = 0.5 + 0.5 / len(places)
+        assert clips[0] / total == pytest.approx(in_view, abs=0.1)
+    assert world.plan(5).colour == steady(36).plan(5).colour, "the subject is the steady world's"
 
 
 def test_all_colours_and_shapes_alike():
     world = steady(6)
-    plans = [world.plan(index) for index in range(3000)]
-    for colour in list(td.COLOURS)[:td.HUES]:
-        assert abs(sum(plan.colour == colour for plan in plans) / 3000 - 1 / 6) < 0.03
-    for kind in range(3):
-        assert abs(sum(plan.thing == kind for plan in plans) / 3000 - 1 / 3) < 0.04
+    plans = [world.plan(index) for index in range(1200)]
+    colours = Counter(plan.colour for plan in plans)
+    shapes = Counter(plan.thing for plan in plans)
+    assert len(colours) == td.HUES
+    assert len(shapes) == 3
+    assert min(colours.values()) > 150
+    assert min(shapes.values()) > 340
 
 
 @pytest.mark.parametrize("curtain", [0, 4, 27, -3])
@@ -113,48 +129,53 @@ def test_impossible_curtains_are_refused(curtain):
 
 @pytest.mark.parametrize("vary", [False, True])
 def test_true_videos_recall_everything(vary):
-    world = td.Recall("recall", 90, 16, 3, vary=vary)
-    video, captions = world.batch(range(100))
-    assert metrics.recall_report(video, captions) == {"alive": 1, "colour": 1, "shape": 1}
+    world = td.Recall("recall", 72, 16, 3, vary=vary)
+    video, captions = world.batch(range(40))
+    assert metrics.recall_report(video, captions) == ALL
 
 
-def opened_again() -> tuple[torch.Tensor, torch.Tensor, td.Recall]:
+@pytest.fixture(scope="module")
+def clips():
+    """36 frames, the last 6 of which are in view again, and captions."""
+    return steady(36).batch(range(30))
+
+
+def report(clips, ending: torch.Tensor) -> dict[str, float]:
+    """Of the clips, with these frames [B, n, ...] in place of their last ones."""
+    video, captions = clips
+    before = video[:, :-ending.shape[1]]
+    return metrics.recall_report(torch.cat((before, ending), 1), captions)
+
+
+def test_the_subject_of_another_clip_is_noticed(clips):
+    video, _ = clips
+    others = video.roll(1, 0)
+    found = report(clips, others[:, 30:])
     world = steady(36)
-    video, captions = world.batch(range(60))
-    return video, captions, world
+    plans = [world.plan(index) for index in range(30)]
+    same_colour = 0
+    same_shape = 0
+    for i, plan in enumerate(plans):
+        same_colour += plan.colour == plans[i - 1].colour
+        same_shape += plan.thing == plans[i - 1].thing
+    assert found["alive"] == 1
+    assert found["colour"] == pytest.approx(same_colour / 30)
+    assert found["shape"] == pytest.approx(same_shape / 30)
 
 
-def test_the_subject_of_another_clip_is_noticed():
-    video, captions, world = opened_again()
-    other = torch.cat((video[:, :30], video[:, 30:].roll(1, 0)), 1)
-    report = metrics.recall_report(other, captions)
-    plans = [world.plan(index) for index in range(60)]
-    pairs = list(zip(plans, plans[-1:] + plans[:-1]))
-    same_colour = sum(a.colour == b.colour for a, b in pairs) / 60
-    same_shape = sum(a.thing == b.thing for a, b in pairs) / 60
-    assert report["alive"] == 1
-    assert report["colour"] == pytest.approx(same_colour)
-    assert report["shape"] == pytest.approx(same_shape)
+def test_another_colour_is_no_other_shape(clips):
+    red_is_green = clips[0][:, 30:].roll(1, 2)
+    assert report(clips, red_is_green) == {"alive": 1, "colour": 0, "shape": 1}
 
 
-def test_another_colour_is_no_other_shape():
-    video, captions, _ = opened_again()
-    swapped = video.clone()
-    swapped[:, 30:] = video[:, 30:].roll(1, 2)             # red becomes green ...
-    report = metrics.recall_report(swapped, captions)
-    assert report == {"alive": 1, "colour": 0, "shape": 1}
+def test_a_curtain_that_stays_closed_recalls_nothing(clips):
+    video, _ = clips
+    assert report(clips, video[:, 24:30]) == NOTHING
+    black = torch.full_like(video, -1)
+    assert report(clips, black[:, :6]) == NOTHING, "nobody is there"
 
 
-def test_a_curtain_that_stays_closed_recalls_nothing():
-    video, captions, _ = opened_again()
-    shut = torch.cat((video[:, :30], video[:, 24:30]), 1)
-    assert metrics.recall_report(shut, captions) == {"alive": 0, "colour": 0, "shape": 0}
-    black = video.clone()
-    black[:, 30:] = -1
-    assert metrics.recall_report(black, captions) == {"alive": 0, "colour": 0, "shape": 0}
-
-
-def test_half_of_the_frames_are_half():
-    video, captions, _ = opened_again()
-    video[:, 33:] = -1
-    assert metrics.recall_report(video, captions) == {"alive": 0.5, "colour": 0.5, "shape": 0.5}
+def test_half_of_the_frames_are_half(clips):
+    video, _ = clips
+    black = torch.full_like(video, -1)
+    assert report(clips, black[:, :3]) == {"alive": 0.5, "colour": 0.5, "shape": 0.5}
