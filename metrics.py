@@ -412,7 +412,8 @@ def in_view(video: torch.Tensor) -> torch.Tensor:
 def recalled(video: torch.Tensor, colour: torch.Tensor, shape: torch.Tensor,
              when: torch.Tensor) -> dict[str, torch.Tensor]:
     """For each video the share, [B], of the frames `when` [B, F] that show a subject (alive),
-    that of index `colour` [B], and that of index `shape` [B]. All are 0 without such a frame.
+    one of index `colour` [B], one of index `shape` [B], and one of both (survival). All are 0
+    without such a frame.
     """
     there = alive(video) & when                              # [B, F]
     right_colour = colour_index(video) == colour[:, None]
@@ -420,6 +421,7 @@ def recalled(video: torch.Tensor, colour: torch.Tensor, shape: torch.Tensor,
     frames = when.sum(1)
     frames = frames.clamp_min(1)                             # [B]
     right = {"alive": there, "colour": there & right_colour, "shape": there & right_shape}
+    right["survival"] = there & right_colour & right_shape
     shares = {}
     for name, seen in right.items():
         shares[name] = seen.sum(1) / frames
@@ -478,7 +480,3 @@ def kept(seen: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def mostly(right: torch.Tensor) -> torch.Tensor:
     """bool [B, frames] -> bool [B]: in at least 90 % of the frames."""
     return right.float().mean(1) >= 0.9
-
-
-# What judges the videos of a world: a function of video and captions to shares by name.
-REPORTS = {"shapes": survival_report, "recall": recall_report}

@@ -13,9 +13,10 @@ are of all lengths, so that one model can be judged behind each:
     dense   dense attention with a window of 6: the same bytes, within 5 %
     wide    dense attention with a window of 36: ten times the bytes
 
-Each makes --videos videos from 6 true frames on. `alive`, `colour` and `shape` are shares of the
-6 frames in which the curtain must be open again (metrics.recalled): a frame that still shows the
-curtain is wrong. Chance is 1 of 6 colours and 1 of 3 shapes.
+Each makes --videos videos from 6 true frames on. Judged are the 6 frames in which the curtain
+must be open again, by metrics.recalled: shares of them that show one subject (alive), in its
+colour, in its shape, in both (survival). A frame that still shows the curtain shows none. Chance
+is 1 of 6 colours and 1 of 3 shapes.
 
 What can a window of 6 know? A chunk looks at 3 frames before it, but the rows of those frames
 were made by layers that looked at 3 more. So 5 layers pass news on over 15 frames
@@ -409,15 +410,9 @@ def below(videos: dict[str, Tensor], plans: list, period: int, i: int) -> dict[s
     for name in list(videos)[1:]:
         words[name] = ""
         if start:
-            share = right_share(videos[name][:, start:start + SEEN], plans)
+            share = shares_of(videos[name][:, start:start + SEEN], plans)["survival"]
             words[name] = f"remembers {int((share > 0.5).sum())} of {len(plans)}"
     return words
-
-
-def right_share(video: Tensor, plans: list) -> Tensor:
-    """For each video the lesser of the shares of its frames that have colour and shape."""
-    shares = shares_of(video, plans)
-    return torch.minimum(shares["colour"], shares["shape"])
 
 
 # ---- the table ------------------------------------------------------------------------------

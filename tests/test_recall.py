@@ -15,8 +15,10 @@ LENGTHS = tuple(range(3, 27, 3))
 lengths = st.sampled_from(LENGTHS)
 indices = st.lists(st.integers(0, 2**62), min_size=1, max_size=4)
 FEW = settings(max_examples=6, deadline=None)
-ALL = {"alive": 1, "colour": 1, "shape": 1}
-NOTHING = {"alive": 0, "colour": 0, "shape": 0}
+NAMES = ("alive", "colour", "shape", "survival")
+ALL = dict.fromkeys(NAMES, 1)
+HALF = dict.fromkeys(NAMES, 0.5)
+NOTHING = dict.fromkeys(NAMES, 0)
 
 
 def steady(frames: int, curtain: int = 24, size: int = 16, seed: int = 0) -> td.Recall:
@@ -155,17 +157,20 @@ def test_the_subject_of_another_clip_is_noticed(clips):
     plans = [world.plan(index) for index in range(30)]
     same_colour = 0
     same_shape = 0
+    same = 0
     for i, plan in enumerate(plans):
         same_colour += plan.colour == plans[i - 1].colour
         same_shape += plan.thing == plans[i - 1].thing
+        same += (plan.colour, plan.thing) == (plans[i - 1].colour, plans[i - 1].thing)
     assert found["alive"] == 1
     assert found["colour"] == pytest.approx(same_colour / 30)
     assert found["shape"] == pytest.approx(same_shape / 30)
+    assert found["survival"] == pytest.approx(same / 30)
 
 
 def test_another_colour_is_no_other_shape(clips):
     red_is_green = clips[0][:, 30:].roll(1, 2)
-    assert report(clips, red_is_green) == {"alive": 1, "colour": 0, "shape": 1}
+    assert report(clips, red_is_green) == ALL | {"colour": 0, "survival": 0}
 
 
 def test_a_curtain_that_stays_closed_recalls_nothing(clips):
@@ -178,4 +183,4 @@ def test_a_curtain_that_stays_closed_recalls_nothing(clips):
 def test_half_of_the_frames_are_half(clips):
     video, _ = clips
     black = torch.full_like(video, -1)
-    assert report(clips, black[:, :3]) == {"alive": 0.5, "colour": 0.5, "shape": 0.5}
+    assert report(clips, black[:, :3]) == HALF
