@@ -49,11 +49,12 @@ ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "command_line", "locks", "progress", "routes", "streaming", "switching", "parallel", "muon",
     "loader", "checkpoint", "video_files", "terminal", "prompts", "digit_metrics", "passages",
     "judging", "about", "layouts", "pixel_values", "framing", "clip_files", "clips", "starts",
-    "trainer", "normal", "run_files"))]
+    "trainer", "normal", "convert",
+    "run_files"))]
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum", "quality", "pictures", "captions",
-    "starts", "switches", "worlds", "normal", "memory_figure", "memory", "tables")]
+    "starts", "switches", "convert", "worlds", "normal", "memory_figure", "memory", "tables")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
 
