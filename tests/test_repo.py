@@ -46,13 +46,12 @@ MODEL = ["rope3d", "cache", "attention", "mla_video"]
 LEARNING = ["flow", "objectives"]
 WORLDS = ["toy_data", "metrics"]
 ENGINE = ["engine", *(f"engine.{stem}" for stem in (
-    "command_line", "locks", "progress", "routes", "streaming", "switching", "parallel", "muon",
-    "loader", "checkpoint", "video_files", "terminal", "prompts", "digit_metrics", "passages",
-    "judging", "about", "layouts", "pixel_values", "framing", "clip_files", "clips", "starts",
-    "trainer", "normal", "convert", "homogeneous", "run_files"))]
-COMMANDS = ["train", "sample"]
-EXPERIMENTS = [f"experiments.{stem}" for stem in (
-    "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum", "quality", "pictures", "captions",
+    "command_line", "locks", "progress", "quantised", "routes", "streaming", "switching",
+    "parallel", "muon", "loader", "checkpoint", "video_files", "terminal", "prompts",
+    "digit_metrics", "passages", "judging", "about", "layouts", "pixel_values", "framing",
+    "clip_files", "clips", "starts", "trainer", "normal", "convert", "homogeneous",
+    "run_files", "train", "sample", "stamp", "measure", "rank", "verdicts", "spectrum_figure",
+    "endurance", "bench", "spectrum", "quality", "eight_bits", "pictures", "captions",
     "starts", "switches", "convert", "worlds", "normal", "memory_figure", "memory", "tables")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
