@@ -18,7 +18,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ if not __package__:                    # started by its path
 from engine.checkpoint import read_last_good
 from engine.command_line import (ROOT, UserError, check_bounds, default_device, pick_device,
                                  provenance, run)
-from engine.normal import kind_of_run, loss_at
+from engine.normal import FEWEST, kind_of_run, loss_at, range_of
 
 POINTS = 20                            # of a curve
 # How train.py ends that was asked to stop: by itself, or before it could handle a signal.
@@ -263,6 +265,136 @@ def curves(args: argparse.Namespace) -> None:
     work.work()
     if work.failed:
         raise UserError("; ".join(work.failed))
+
+
+# ---- the section of RESULTS.md ---------------------------------------------------------------
+
+# Where the time of a stage is from, and how it is called there.
+TIMES = {"tf": "train_mla_cpu.json", "score": "stages_cpu.json",
+         "tf-after-score": "stages_cpu.json", "cd": "stages_cpu.json", "dmd": "stages_cpu.json"}
+Results = Callable[[str], dict]            # the content of a file of results/
+
+
+def section(results: Results, markdown: Callable, origin: Callable) -> str:
+    """What is normal, as tables: `results` reads a file, `markdown` and `origin` write."""
+    parts = []
+    for path in sorted((ROOT / "results").glob("normal_*.json")):
+        runs = results(path.name)["runs"]
+        parts += [losses(runs, markdown), f"{how_to_read(runs)} {origin(path.name)}"]
+    parts.append(times(results, markdown))
+    parts.append("H100: mean [least, most] of 3 seeds while 2 to 4 runs shared the card "
+                 "([quality.json](results/quality.json)). CPU: 2 cores, one seed "
+                 "([stages_cpu.json](results/stages_cpu.json), "
+                 "[train_mla_cpu.json](results/train_mla_cpu.json)).")
+    parts += [mistakes(results, markdown), PICTURE, origin("failures.json")]
+    parts += [borders(results, markdown), origin("flicker.json")]
+    return "\n\n".join(parts)
+
+
+PICTURE = ('<img src="results/failures.png" alt="frames of a good video and of videos that '
+           'went wrong, each with the symptom and the mistake">')
+
+
+def finished(runs: list[dict]) -> dict[str, list[dict]]:
+    """{way: its runs that reached their end}, in the order of WAYS."""
+    found = {}
+    for way in WAYS:
+        ended = [run for run in runs
+                 if run["way"] == way and run["step"] == run["kind"]["recipe"]["steps"]]
+        if ended:
+            found[way] = ended
+    return found
+
+
+def losses(runs: list[dict], markdown: Callable) -> str:
+    """A row for each twentieth of the run, and a column for each loss."""
+    columns = []                           # (head, values of the seeds at each point)
+    ranges = []
+    for way, ended in finished(runs).items():
+        steps = ended[0]["step"]
+        for name in ended[0]["end"]:
+            loss = f", {name}" if len(ended[0]["end"]) > 1 else ""
+            head = f"`{way}`{loss}, {steps:,} steps, {len(ended)} seeds"
+            curves = [dict(map(tuple, run["curve"][name])) for run in ended]
+            columns.append((head, steps, curves))
+            ranges.append(normal_end([run["end"][name] for run in ended]))
+    rows = []
+    for number in range(1, POINTS + 1):
+        cells = [f"{100 * number // POINTS} %"]
+        for _, steps, curves in columns:
+            at = round(number * steps / POINTS)
+            cells.append(over_seeds([curve[at] for curve in curves if at in curve]))
+        rows.append(cells)
+    rows.append(["normal at the end", *ranges])
+    return markdown(["of the run", *(head for head, _, _ in columns)], rows)
+
+
+def over_seeds(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{mean(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
+
+
+def normal_end(ends: list[float]) -> str:
+    if len(ends) < FEWEST:
+        return f"fewer than {FEWEST} seeds"
+    low, high = range_of(ends)
+    return f"{low:.3g} to {high:.3g}"
+
+
+def how_to_read(runs: list[dict]) -> str:
+    threads = sorted({run["threads"] for run in runs})
+    return ("Mean [least, most] of the seeds; each number is a mean over the hundred steps "
+            "before. *Normal at the end* is where 19 of 20 good runs end (the 95 % prediction "
+            "interval of so few seeds, so it is wider than what they span): `train.py` compares "
+            "with that at its end. `tf` is what `python train.py` does, the others are "
+            "`python train.py --stage all`. The losses of `dmd` are of two networks that chase "
+            "each other, so they need not fall. "
+            f"Threads of a run: {', '.join(map(str, threads))}.")
+
+
+def times(results: Results, markdown: Callable) -> str:
+    seeds = [run["training_seconds"] for run in results("quality.json")["runs"]
+             if run["attention"] == "mla"]
+    rows = []
+    for way, name in TIMES.items():
+        stage = WAYS[way].stage
+        found = results(name)
+        report = found["stages"][stage] if "stages" in found else found
+        minutes = [seconds[stage] / 60 for seconds in seeds]
+        on_gpu = f"{mean(minutes):.1f} [{min(minutes):.1f}, {max(minutes):.1f}]"
+        if way == "tf":
+            on_gpu = "as `tf-after-score`"
+        rows.append([f"`{way}`", f"{report['training_seconds'] / 60:.1f}", on_gpu])
+    return markdown(["training, minutes", "2 CPU cores", "H100, its longer recipe"], rows)
+
+
+def mistakes(results: Results, markdown: Callable) -> str:
+    rows = []
+    for found in results("failures.json")["failures"].values():
+        rows.append([
+            found["symptom"],
+            found["mistake"].replace("\n", " "),
+            found["cure"],
+            f"{found['speed']:.2f}",
+            f"{100 * found['alive']:.0f} %",
+            f"{100 * found['colour']:.0f} %",
+            f"{found['change']:.3f}",
+        ])
+    head = ["symptom", "made by", "cure", "px a frame", "frames with one subject",
+            "frames in the first one's colour", "change a frame, of 2"]
+    return markdown(head, rows)
+
+
+def borders(results: Results, markdown: Callable) -> str:
+    found = results("flicker.json")
+    tenths = found["by_tenth"]
+    return markdown(["flicker", "found", "target"], [[
+        f"change between frames at the borders of chunks, over that inside them, "
+        f"{found['videos']} videos of {found['frames']} frames",
+        f"{found['ratio']:.3f} (a tenth of the video: {min(tenths):.3f} to {max(tenths):.3f})",
+        "at most 1.1",
+    ]])
 
 
 # ---- the command line ------------------------------------------------------------------------

@@ -21,6 +21,7 @@ if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments import verdicts
+from experiments.normal import section
 from experiments.worlds import table as table_of_worlds
 from mla_video import PRESETS
 
@@ -480,6 +481,10 @@ def starts() -> str:
     return markdown(head, rows) + f"\n\n{note}"
 
 
+def normal() -> str:
+    return section(results, markdown, origin)
+
+
 # ---- the README's ----------------------------------------------------------------------------
 
 def link(name: str) -> str:
@@ -652,8 +657,8 @@ def claims() -> str:
 
 FILES = {
     "README.md": (training, four, claims),
-    "RESULTS.md": (memory, minute, worlds, captions, switches, starts, stages, attention, model, rank,
-                   exact),
+    "RESULTS.md": (memory, minute, worlds, captions, switches, starts, stages, normal, attention,
+                   model, rank, exact),
 }
 TABLES = {table.__name__: table for tables in FILES.values() for table in tables}
 

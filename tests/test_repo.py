@@ -50,9 +50,12 @@ ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "parallel", "muon", "loader", "checkpoint", "video_files", "terminal", "prompts",
     "digit_metrics", "passages", "judging", "about", "layouts", "pixel_values", "framing",
     "clip_files", "clips", "starts", "trainer", "normal", "convert", "homogeneous",
-    "run_files", "train", "sample", "stamp", "measure", "rank", "verdicts", "spectrum_figure",
-    "endurance", "bench", "spectrum", "quality", "eight_bits", "pictures", "captions",
-    "starts", "switches", "convert", "worlds", "normal", "memory_figure", "memory", "tables")]
+    "run_files"))]
+COMMANDS = ["train", "sample"]
+EXPERIMENTS = [f"experiments.{stem}" for stem in (
+    "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum",
+    "quality", "eight_bits", "pictures", "captions", "starts", "switches", "convert", "worlds",
+    "flicker", "failures", "normal", "memory_figure", "memory", "tables")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
 
