@@ -136,13 +136,13 @@ class Studio:
 
     # -- mistakes in training
 
-    def trained(self, model: VideoDiT, steps: int, **given) -> VideoDiT:
-        """After so many steps of stage tf by this device's recipe, with another number in it;
+    def trained(self, model: VideoDiT, count: int, **given) -> VideoDiT:
+        """After `count` steps of stage tf by this device's recipe, with another number in it;
         as the steps left it, not averaged."""
         recipe = train.recipe_for("tf", self.device, **given)
         trainer = train.Trainer(model, recipe, make_world("shapes"), self.device)
         with fast_products():
-            for _ in range(steps):
+            for _ in range(count):
                 trainer.update(*trainer.batch(trainer.step))
         return frozen_copy(trainer.model)
 
