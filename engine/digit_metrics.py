@@ -20,7 +20,7 @@ from torch import Tensor
 from metrics import (FASTEST, FIRST_COLOUR, SLOWEST, asked_or_usual, at_16_pixels, between,
                      centre_of_mass, clamped, in_one_place, kept, mostly, nearest_colour,
                      over_pixels, pace_of, side, steady_steps)
-from toy_data import COLOURS, DIGITS, WORDS, Digits, offsets
+from toy_data import COLOURS, DIGITS, WORDS, Digits
 
 FIRST_DIGIT = WORDS.index("zero")
 DIM = 0.2                      # what is darker than this share of white is background

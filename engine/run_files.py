@@ -189,7 +189,7 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
                         f"with --stage {allowed[0] or stage}, or name one with {flag}")
     model, about = load_model(path)
     check_start(path, model.config, about, stage, allowed, config, world)
-    return model.float()
+    return model.float(), about["stage"]
 
 
 def check_start(path: Path, theirs: Config, about: dict, stage: str, allowed: tuple[str, ...],
@@ -210,7 +210,6 @@ def check_start(path: Path, theirs: Config, about: dict, stage: str, allowed: tu
         if theirs != needed[what]:
             raise UserError(f"stage {stage} cannot start from {path}: its {what} is {theirs}, "
                             f"and {needed[what]} is needed")
-    return model.float(), found["stage"]
 
 
 def converting_stage(args: argparse.Namespace) -> str | None:
