@@ -53,9 +53,10 @@ ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "run_files", "wan", "wan_video", "latents"))]
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
-    "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum",
-    "quality", "eight_bits", "pictures", "captions", "starts", "switches", "convert", "worlds",
-    "flicker", "failures", "normal", "memory_figure", "memory", "tables")]
+    "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench",
+    "spectrum", "quality", "eight_bits", "pictures", "captions", "starts", "switches",
+    "wan_memory", "convert", "worlds", "flicker", "failures", "normal", "memory_figure",
+    "memory", "tables")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
 
