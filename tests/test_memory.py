@@ -92,12 +92,16 @@ def test_true_frames_are_what_is_given():
     assert torch.equal(video, memory.continued(model, truth, captions, 0))
 
 
-def test_what_is_drawn_is_said():
+def test_the_table_is_of_the_first_opening_and_of_the_last():
+    """There colour and shape are of the frames in view."""
     found = {"runs": [], "kinds": {"mla": dict(attention="mla", window=36, cache_bytes=1234)}}
     for colour in (0.5, 0.7):
-        opening = dict(alive=1.0, colour=colour, shape=0.25)
-        found["runs"].append({"kind": "mla", "curtains": {"24": {"openings": [opening]}}})
-    assert "| mla | 36 | 1,234 | 100 % [100, 100] | 60 % [50, 70] | 25 % [25, 25] |" in memory.table(found)
+        first = dict(alive=1.0, colour=colour, shape=0.25)
+        last = dict(alive=0.5, colour=0.4, shape=0.1)
+        found["runs"].append({"kind": "mla", "curtains": {"24": {"openings": [first, last]}}})
+    cells = "| MLA | 36 | 1,234 | 100 % [100, 100] | 60 % [50, 70] | 25 % [25, 25] "
+    cells += "| 50 % [50, 50] | 80 % [80, 80] | 20 % [20, 20] |"
+    assert cells in memory.table(found)
 
 
 @pytest.mark.rest
