@@ -20,6 +20,7 @@ from statistics import mean
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiments import eight_bits as cache_bits
 from experiments import verdicts
 from experiments.memory import table as recall_table
 from experiments.normal import section
@@ -664,12 +665,19 @@ def claims() -> str:
     ])
 
 
+def eight_bits() -> str:
+    found = results("eight_bits.json")
+    said = cache_bits.conditions(found)
+    judged = cache_bits.verdict(found, results("quality.json"))
+    return f"{markdown(*cache_bits.table(found))}\n\n{said} {judged} {origin('eight_bits.json')}"
+
+
 # ---- both files ------------------------------------------------------------------------------
 
 FILES = {
     "README.md": (training, four, claims),
-    "RESULTS.md": (memory, minute, recall, worlds, captions, switches, starts, stages, normal,
-                   attention, model, rank, exact),
+    "RESULTS.md": (memory, minute, recall, worlds, eight_bits, captions, switches, starts,
+                   stages, normal, attention, model, rank, exact),
 }
 TABLES = {table.__name__: table for tables in FILES.values() for table in tables}
 
