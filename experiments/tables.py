@@ -20,8 +20,8 @@ from statistics import mean
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiments import convert, verdicts
 from experiments import eight_bits as cache_bits
-from experiments import verdicts
 from experiments.memory import table as recall_table
 from experiments.normal import section
 from experiments.worlds import table as table_of_worlds
@@ -395,6 +395,11 @@ def rank() -> str:
     return markdown(head, rows) + "\n\n" + " ".join(said)
 
 
+def conversion() -> str:
+    found = results("convert.json")
+    return f"{convert.table(found)}\n\n{convert.sentences(found)} {origin('convert.json')}"
+
+
 # ---- runs that are exact, and do not end -----------------------------------------------------
 
 def largest(differences: dict[str, float]) -> str:
@@ -677,7 +682,7 @@ def eight_bits() -> str:
 FILES = {
     "README.md": (training, four, claims),
     "RESULTS.md": (memory, minute, recall, worlds, eight_bits, captions, switches, starts,
-                   stages, normal, attention, model, rank, exact),
+                   stages, normal, attention, model, rank, conversion, exact),
 }
 TABLES = {table.__name__: table for tables in FILES.values() for table in tables}
 
