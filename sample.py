@@ -149,8 +149,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     flag("--live", action="store_true", help="draw the video in the terminal as it is made")
     flag("--evaluate", type=int, default=0, metavar="N",
          help="print exact metrics over N rollouts instead of a GIF")
-    flag("--about", action="store_true",
-         help="print what the checkpoint is, and make no video")
+    flag("--about", action="store_true", help="say what the checkpoint is; make no video")
     flag("--compile", action=argparse.BooleanOptionalAction, default=None,
          help="one compiled graph per pass, once the window is full; default: on a GPU yes, "
               "on a CPU no")

@@ -372,6 +372,20 @@ def gaps_after_a_true_past() -> str:
     return verdicts.mean_gap(found, "tuned", str(found["C"]), keys)
 
 
+def energy_kept(found: dict) -> str:
+    """By either optimiser, the paper's first, and whether that alone would do."""
+    claim = verdicts.kept_by_an_eighth(found)
+    said = []
+    intervals = claim.verdict()["intervals"]
+    for name, triple in sorted(intervals.items()):         # AdamW, Muon
+        inside = claim.low <= triple[1] and triple[2] <= claim.high
+        where = "inside" if inside else "outside"
+        whose = "the paper's optimiser" if name == "AdamW" else "ours"
+        said.append(f"with {name}, {whose}, {shown(triple)}, {where} the rule's {claim.low} to "
+                    f"{claim.high}")
+    return "; ".join(said)
+
+
 def rank() -> str:
     found = results("spectrum.json")
     rows = []
@@ -389,6 +403,8 @@ def rank() -> str:
         f"Long rollouts are of {plan['frames']} frames; training clips have "
         f"{plan['config']['frames']}.",
         f"After a true past MLA minus dense is {gaps_after_a_true_past()}; no rule asks for shape.",
+        f"Of the energy of [W_K; W_V] (squared singular values) its best E / 8 directions keep, "
+        f"{energy_kept(found['found'])}.",
         "Verdicts are judged anew from the file's measurements.",
         origin("spectrum.json"),
     ]
@@ -590,32 +606,6 @@ def four() -> str:
     return markdown(["", "MLA", "dense", "command"], [memory_row, caption_row, time_row, video_row])
 
 
-def in_words(verdict: dict) -> str:
-    """`word` for a reader who has not read what noise is for."""
-    if verdict["noise"] and verdict["verdict"] == "reproduced":
-        return "true, but random weights pass this rule, too"
-    why = {"training moved": "training moved the weights too little",
-           "it can be lost": "colour survives even C = 1, so the test could not show a loss"}
-    for condition, plain in why.items():
-        if any(unmet.startswith(condition) for unmet in verdict["unmet"]):
-            return f"{verdict['verdict']}: {plain}"
-    return verdict["verdict"]
-
-
-def energy_kept(found: dict) -> str:
-    """By either optimiser, the paper's first, and whether that alone would do."""
-    claim = verdicts.kept_by_an_eighth(found)
-    said = []
-    intervals = claim.verdict()["intervals"]
-    for name, triple in sorted(intervals.items()):         # AdamW, Muon
-        inside = claim.low <= triple[1] and triple[2] <= claim.high
-        where = "inside" if inside else "outside"
-        whose = "the paper's optimiser" if name == "AdamW" else "ours"
-        said.append(f"with {name}, {whose}, {shown(triple)}, {where} the rule's {claim.low} to "
-                    f"{claim.high}")
-    return "; ".join(said)
-
-
 def speed(found: dict) -> str:
     """Of the whole model, and why it is not that of attention alone."""
     wan = PRESETS["wan1.3b"]
@@ -633,20 +623,11 @@ def claims() -> str:
     """What the paper says, and what is found here. Claims for which there is no result are left
     out."""
     bench = results(BENCH)
-    spectrum = results("spectrum.json")
-    verdict_list = judged()
-
-    def verdict_on(words: str) -> dict:
-        (one,) = [verdict for verdict in verdict_list if words in verdict["claim"]]
-        return one
-
     cache = bench["sections"]["memory"]["wan1.3b"]
     batch = bench["sections"]["batch"]
     times = batch["mla, all at once"]["videos"] / batch["dense, all at once"]["videos"]
     block = bench["sections"]["block"]
     absorbed = block["MLA absorbed, compiled"]["ms"] / block["MLA materialised, compiled"]["ms"]
-    rollouts = verdict_on("long rollouts")
-    (survival,) = rollouts["intervals"].values()
     return markdown(["the paper", "here"], [
         ["92.7 % less cache a token and layer",
          f"{100 * cache['saved']:.1f} %, of the buffers that exist"],
@@ -656,17 +637,6 @@ def claims() -> str:
          f"{times:.1f} times as many fit an {bench['device']}"],
         ["Appendix E: inference absorbs, and forms no keys and values (its D.4 forms them)",
          f"absorbing, a block takes {absorbed:.2f} times as long as with keys and values formed"],
-        ["trained attention is not low-rank; cut to C, the rank of M = [W_UK; W_UV] W_DKV is set "
-         "by C", f"the first: {in_words(verdict_on('is not low-rank'))}; the second: "
-         f"{in_words(verdict_on('sets the rank'))}"],
-        ["its best E / 8 directions keep 46 % of the energy of [W_K; W_V] (here: of the squared "
-         "singular values; our rule: 0.38 to 0.54)",
-         f"{energy_kept(spectrum['found'])}; of both together the rule says: "
-         f"{in_words(verdict_on('about 46 %'))}"],
-        ["cut to E / 8, quality stays",
-         f"survival in rollouts of {spectrum['plan']['frames']} frames: {in_words(rollouts)} "
-         f"({shown(survival)}). After a true past MLA is behind dense "
-         f"({gaps_after_a_true_past()}); the verdict: {in_words(verdict_on('true past'))}"],
     ])
 
 

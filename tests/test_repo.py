@@ -25,6 +25,8 @@ import pytest
 import torch
 from PIL import Image
 
+import cache as cache_module
+import mla_video
 import sample
 import train
 from attention import crossing, route_flops
@@ -33,7 +35,7 @@ from engine.checkpoint import load_model, save_model
 from engine.judging import cache_line
 from experiments import pictures, stamp, tables
 from mla_video import PRESETS, VideoDiT, allowed
-from toy_data import Shapes
+from toy_data import Recall, Shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -290,36 +292,21 @@ def test_the_readmes_example_runs():
         assert shape in example
 
 
-def picture(heading: str) -> list[str]:
-    """The lines of a text picture of the README from its heading on, cut at its column."""
-    for block in fenced(README):
-        lines = block.splitlines()
-        for i, line in enumerate(lines):
-            if heading in line:
-                column = line.index(heading)
-                return [below[column:] for below in lines[i + 1:]]
-    raise AssertionError(f"no picture {heading}")
-
-
-def test_the_readmes_ring_is_the_caches():
-    """Row by row: what each commit leaves where, what the next chunk sees, and at which
-    times."""
+def test_the_ring_that_is_drawn_is_the_caches():
+    """Row by row: what a chunk sees at which index, and at which times."""
+    drawn = re.findall(r"^ +((?:(?:\d+|-) +){11}\d+)$", cache_module.__doc__, flags=re.M)
+    assert len(drawn) == 4
     cache = RollingCache(1, 1, (1, 1), tokens=1, chunk=3, window=6, sink=1, horizon=9)
-    for line in picture("THE RING (sink 1, chunk 3, window 6, horizon 9)")[1:4]:
-        committed, kept, sees, times = re.split(r"   +", line.strip())
-        first = cache.seen
-        assert committed == f"{first} {first + 1} {first + 2}"
-        cache.commit([(torch.zeros(1, 3, 1), torch.zeros(1, 3, 1))])
-        assert kept.split() == [str(frame) for frame in cache.frames().tolist()]
-        past, own = sees.split(" | ")
-        assert past.split() == kept.split()
-        assert own.split() == [str(cache.seen + i) for i in range(3)]
+    for row in drawn:
+        numbers = [int(word) for word in row.replace("-", "").split()]
+        kept = cache.frames().tolist()
         past_times, now = cache.positions()
-        shown = past_times.tolist() + now.tolist()
-        assert times.replace("|", "").split() == [str(time) for time in shown]
+        chunk = [cache.seen + i for i in range(3)]
+        assert numbers == chunk + kept + past_times.tolist() + now.tolist()
+        cache.commit([(torch.zeros(1, 3, 1), torch.zeros(1, 3, 1))])
 
 
-def test_the_readmes_mask_is_the_models():
+def test_the_mask_that_is_drawn_is_the_models():
     """x where `allowed` says so; a window of the whole clip, and one frame of each chunk for
     all."""
     config = PRESETS["toy"]
@@ -327,9 +314,9 @@ def test_the_readmes_mask_is_the_models():
     frame = torch.cat((frame, frame))
     noisy = torch.arange(6) >= 3
     mask = allowed(frame[:, None], noisy[:, None], frame[None], noisy[None], config)
-    for shown, row in zip(picture("WHO SEES WHOM IN TRAINING")[2:8], mask.tolist()):
-        marks = re.findall(r"(?<!\S)[x.](?!\S)", shown[:36])
-        assert marks == ["x" if looks else "." for looks in row]
+    drawn = re.findall(r"\d ((?: +[x.]){6})(?: |$)", mla_video.__doc__, flags=re.M)
+    marks = [["x" if looks else "." for looks in row] for row in mask.tolist()]
+    assert [row.split() for row in drawn] == marks
 
 
 def test_the_readme_quotes_what_sample_prints():
@@ -414,6 +401,31 @@ def numbers_of_the_toy() -> dict[str, bool]:
     }
 
 
+def numbers_of_memory() -> dict[str, bool]:
+    """What is found behind the longest curtain, the mean of the seeds."""
+    found = results("memory.json")
+
+    def percent(kind: str, name: str) -> str:
+        seen = [run["curtains"]["24"]["openings"][0][name] for run in found["runs"]
+                if run["kind"] == kind]
+        assert len(seen) == 3, "three seeds"
+        return f"{100 * mean(seen):.0f} %"
+
+    def bytes_of(kind: str) -> int:
+        return next(run["cache_bytes"] for run in found["runs"] if run["kind"] == kind)
+
+    small = bytes_of("dense") / bytes_of("mla")
+    return {
+        "24": Recall.LONGEST == 24,
+        "36": found["frames"] == 36,
+        "100 %": percent("mla", "colour") == "100 %",
+        "99 %": percent("mla", "shape") == "99 %",
+        "19 %": percent("dense", "colour") == "19 %" and 0.95 < small < 1.05,
+        "32 %": percent("dense", "shape") == "32 %",
+        "10.7": f"{bytes_of('wide') / bytes_of('mla'):.1f}" == "10.7",
+    }
+
+
 def numbers_of_results() -> dict[str, bool]:
     hero = results("hero.json")
     mla = mean(tables.over_seeds("mla", "dmd", "residual"))
@@ -428,7 +440,8 @@ def numbers_of_results() -> dict[str, bool]:
 def said() -> dict[str, bool]:
     """Every number that stands in the prose of both pages (single digits aside), and whether
     code and results say the same."""
-    return {**names_and_versions(), **numbers_of_the_paper(), **numbers_of_the_toy(), **numbers_of_results()}
+    return {**names_and_versions(), **numbers_of_the_paper(), **numbers_of_the_toy(),
+            **numbers_of_memory(), **numbers_of_results()}
 
 
 def numbers(text: str) -> set[str]:
@@ -437,9 +450,6 @@ def numbers(text: str) -> set[str]:
     text = without_tables(text)
     for block in fenced(text, "python"):
         text = text.replace(block, "")
-    for block in fenced(text):
-        if "THE RING" in block:
-            text = text.replace(block, "")
     text = re.sub(r"^python.*$|`(python|torchrun) [^`]+`", "", text, flags=re.M)
     text = re.sub(r"\]\([^)]*\)|(src|width)=\S+|[Ww]an ?\d\.\d\w?|float\d\d|B200|H100|bf16|int8", "", text)
     found = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?: %)?(?![\w])", text)
