@@ -304,6 +304,8 @@ def read_state(path: Path) -> dict:
         state["asked"] = {**BEFORE, **state["asked"]}
     good = isinstance(state["config"], dict) and isinstance(recipe, dict)
     if good:
+        # An older file does not say what was no choice then: it is at its default.
+        state["config"] = {**asdict(Config()), **state["config"]}
         numbers = [state["step"], recipe.get("steps"), recipe.get("batch"), recipe.get("seed")]
         whole = all(type(number) is int for number in numbers)
         good = whole and recipe.get("stage") in STAGES and were_flags(state["asked"])
