@@ -10,6 +10,7 @@ tests/test_normal.py.
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from engine.clips import Stored
 from engine.command_line import ROOT
 from engine.trainer import Resumable
 from flow import SAMPLERS, Stream, VideoDraws, rollout
-from mla_video import VideoDiT
+from mla_video import Config, VideoDiT
 
 RECENT = 10                    # points of a loss, of ten steps each: the last hundred steps
 FEWEST = 3                     # runs that a spread is made of
@@ -35,7 +36,8 @@ STILL = 1e-4                   # a mean square change that is about one level of
 # ---- the loss of good runs -------------------------------------------------------------------
 
 class Spread(NamedTuple):
-    """Where good runs end."""
+    """The losses of good runs at a step of theirs: their last, or the last that is known."""
+    step: int
     low: float
     high: float
     seeds: int
@@ -72,25 +74,33 @@ def kind_of_run(recipe: dict, config: dict, asked: dict) -> dict:
 
 
 def good_runs(kind: dict, folder: Path) -> tuple[list[dict], str]:
-    """(the finished runs of this kind, their device) of the first file that has enough."""
+    """(the runs of this kind, their device) of the first file that has enough."""
     for path in sorted(folder.glob("normal_*.json")):
         found = json.loads(path.read_text())
-        runs = []
-        for run in found["runs"]:
-            if run["kind"] == kind and run["step"] == kind["recipe"]["steps"]:
-                runs.append(run)
+        runs = [run for run in found["runs"] if whole(run["kind"]) == kind]
         if len(runs) >= FEWEST:
             return runs, found["device"]
     return [], ""
 
 
+def whole(kind: dict) -> dict:
+    """A kind with the sizes that were no choice yet when its run was made, at their defaults."""
+    return {**kind, "config": {**asdict(Config()), **kind["config"]}}
+
+
 def known_spread(name: str, kind: dict, folder: Path = ROOT / "results") -> Spread | None:
-    """Where the loss `name` of good runs of this kind ends; None where that is not known."""
+    """The loss `name` of good runs of this kind, at the latest step that all of them reached;
+    None where that is not known."""
     runs, device = good_runs(kind, folder)
     if not runs:
         return None
-    low, high = range_of([run["end"][name] for run in runs])
-    return Spread(low, high, len(runs), device)
+    curves = [dict(map(tuple, run["curve"][name])) for run in runs]
+    shared = set.intersection(*map(set, curves))
+    if not shared:
+        return None
+    step = max(shared)
+    low, high = range_of([curve[step] for curve in curves])
+    return Spread(step, low, high, len(runs), device)
 
 
 def loss_lines(trainer: Resumable, folder: Path = ROOT / "results") -> list[str]:
@@ -98,10 +108,9 @@ def loss_lines(trainer: Resumable, folder: Path = ROOT / "results") -> list[str]
     kind = kind_of_run(as_saved(trainer.recipe), as_saved(trainer.model.config), trainer.asked)
     lines = []
     for name, points in trainer.losses.items():
-        end = loss_at(points, trainer.step)
         said = "" if len(trainer.losses) == 1 else f"{name} "
         spread = known_spread(name, kind, folder)
-        lines.append(f"loss         {said}{in_words(end, spread)}")
+        lines.append(f"loss         {said}{in_words(points, trainer.step, spread)}")
     return lines
 
 
@@ -109,17 +118,20 @@ def as_saved(settings) -> dict:
     return dict(vars(settings))
 
 
-def in_words(end: float, spread: Spread | None) -> str:
+def in_words(points: list, step: int, spread: Spread | None) -> str:
+    said = f"{loss_at(points, step):.4f} at the end"
     if spread is None:
-        return f"{end:.4f} at the end"
+        return said
+    loss = loss_at(points, spread.step)
+    if spread.step < step:
+        said += f", {loss:.4f} at step {spread.step}"
     where = "a CPU" if "CPU" in spread.device else f"an {spread.device}"
     runs = f"{spread.seeds} seeds, this recipe on {where}"
-    between = f"{spread.low:.4f} and {spread.high:.4f}"
-    if spread.low <= end <= spread.high:
-        return f"{end:.4f} at the end; good runs end between {between} ({runs})"
-    side = "above" if end > spread.high else "below"
-    return (f"{end:.4f} at the end, which is {side} normal: good runs end between {between} "
-            f"({runs}); see {SECTION}")
+    between = f"good runs are between {spread.low:.4f} and {spread.high:.4f} there ({runs})"
+    if spread.low <= loss <= spread.high:
+        return f"{said}; {between}"
+    side = "above" if loss > spread.high else "below"
+    return f"{said}, which is {side} normal: {between}; see {SECTION}"
 
 
 # ---- clips of one's own ----------------------------------------------------------------------

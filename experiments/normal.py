@@ -295,37 +295,38 @@ PICTURE = ('<img src="results/failures.png" alt="frames of a good video and of v
            'went wrong, each with the symptom and the mistake">')
 
 
-def finished(runs: list[dict]) -> dict[str, list[dict]]:
-    """{way: its runs that reached their end}, in the order of WAYS."""
+def by_way(runs: list[dict]) -> dict[str, list[dict]]:
+    """{way: its runs}, in the order of WAYS."""
     found = {}
     for way in WAYS:
-        ended = [run for run in runs
-                 if run["way"] == way and run["step"] == run["kind"]["recipe"]["steps"]]
-        if ended:
-            found[way] = ended
+        made = [run for run in runs if run["way"] == way]
+        if made:
+            found[way] = made
     return found
 
 
 def losses(runs: list[dict], markdown: Callable) -> str:
     """A row for each twentieth of the run, and a column for each loss."""
-    columns = []                           # (head, values of the seeds at each point)
+    columns = []                           # (head, steps of the recipe, curves of the seeds)
     ranges = []
-    for way, ended in finished(runs).items():
-        steps = ended[0]["step"]
-        for name in ended[0]["end"]:
-            loss = f", {name}" if len(ended[0]["end"]) > 1 else ""
-            head = f"`{way}`{loss}, {steps:,} steps, {len(ended)} seeds"
-            curves = [dict(map(tuple, run["curve"][name])) for run in ended]
-            columns.append((head, steps, curves))
-            ranges.append(normal_end([run["end"][name] for run in ended]))
+    for way, made in by_way(runs).items():
+        steps = made[0]["kind"]["recipe"]["steps"]
+        reached = min(run["step"] for run in made)
+        far = f"{steps:,} steps" if reached == steps else f"{reached:,} of {steps:,} steps"
+        for name in made[0]["end"]:
+            loss = f", {name}" if len(made[0]["end"]) > 1 else ""
+            curves = [dict(map(tuple, run["curve"][name])) for run in made]
+            columns.append((f"`{way}`{loss}, {far}, {len(made)} seeds", steps, curves))
+            ranges.append(normal_at_last(curves))
     rows = []
     for number in range(1, POINTS + 1):
-        cells = [f"{100 * number // POINTS} %"]
+        cells = []
         for _, steps, curves in columns:
             at = round(number * steps / POINTS)
             cells.append(over_seeds([curve[at] for curve in curves if at in curve]))
-        rows.append(cells)
-    rows.append(["normal at the end", *ranges])
+        if any(cells):
+            rows.append([f"{100 * number // POINTS} %", *cells])
+    rows.append(["normal at the last of these", *ranges])
     return markdown(["of the run", *(head for head, _, _ in columns)], rows)
 
 
@@ -335,19 +336,21 @@ def over_seeds(values: list[float]) -> str:
     return f"{mean(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
 
 
-def normal_end(ends: list[float]) -> str:
-    if len(ends) < FEWEST:
+def normal_at_last(curves: list[dict]) -> str:
+    """Where 19 of 20 good runs are at the last step that these share."""
+    if len(curves) < FEWEST:
         return f"fewer than {FEWEST} seeds"
-    low, high = range_of(ends)
+    last = max(set.intersection(*map(set, curves)))
+    low, high = range_of([curve[last] for curve in curves])
     return f"{low:.3g} to {high:.3g}"
 
 
 def how_to_read(runs: list[dict]) -> str:
     threads = sorted({run["threads"] for run in runs})
     return ("Mean [least, most] of the seeds; each number is a mean over the hundred steps "
-            "before. *Normal at the end* is where 19 of 20 good runs end (the 95 % prediction "
-            "interval of so few seeds, so it is wider than what they span): `train.py` compares "
-            "with that at its end. `tf` is what `python train.py` does, the others are "
+            "before. *Normal* is where 19 of 20 good runs are (the 95 % prediction interval of so "
+            "few seeds, so it is wider than what they span): `train.py` compares itself with "
+            "that at its end. `tf` is what `python train.py` does, the others are "
             "`python train.py --stage all`. The losses of `dmd` are of two networks that chase "
             "each other, so they need not fall. "
             f"Threads of a run: {', '.join(map(str, threads))}.")

@@ -66,18 +66,22 @@ def ended(seed: int = 3, loss: float = 0.05, started: str = "scratch", **given):
 
 
 def write_good_runs(folder: Path, ends=(0.048, 0.05, 0.052), step: int | None = None) -> None:
-    """A file of such runs as experiments/normal.py writes."""
+    """A file of such runs as experiments/normal.py writes: they fell by half, and the last of
+    them got as far as `step`, or to the end."""
     runs = []
     for seed, end in enumerate(ends):
         trainer = ended(seed)
         kind = normal.kind_of_run(asdict(trainer.recipe), asdict(CONFIG), trainer.asked)
-        runs.append({"kind": kind, "step": step or trainer.step, "end": {"tf": end}})
+        curve = [[800, 2 * end], [1600, end]]
+        if step and seed == len(ends) - 1:
+            curve = [point for point in curve if point[0] <= step]
+        runs.append({"kind": kind, "curve": {"tf": curve}})
     content = {"device": "2 CPU cores", "runs": runs}
     (folder / "normal_cpu.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("loss, says", [
-    (0.05, "good runs end between"), (0.08, "above normal"), (0.03, "below normal"),
+    (0.05, "good runs are between"), (0.08, "above normal"), (0.03, "below normal"),
 ])
 def test_the_loss_is_put_beside_good_runs(tmp_path, loss, says):
     write_good_runs(tmp_path)
@@ -106,11 +110,29 @@ def test_other_sizes_and_other_data_say_nothing(tmp_path):
     assert "good runs" not in normal.loss_lines(other, tmp_path)[0]
 
 
-def test_two_runs_and_unfinished_ones_are_no_spread(tmp_path):
+def test_two_runs_are_no_spread(tmp_path):
     write_good_runs(tmp_path, ends=(0.048, 0.052))
     assert "good runs" not in normal.loss_lines(ended(), tmp_path)[0]
-    write_good_runs(tmp_path, step=1590)
-    assert "good runs" not in normal.loss_lines(ended(), tmp_path)[0]
+
+
+def test_runs_that_did_not_end_say_what_was_normal_where_they_stopped(tmp_path):
+    write_good_runs(tmp_path, step=1000)
+    line, = normal.loss_lines(ended(loss=0.1), tmp_path)
+    assert line.startswith("loss         0.1000 at the end, 0.1000 at step 800; good runs are")
+    line, = normal.loss_lines(ended(loss=0.05), tmp_path)
+    assert "at step 800, which is below normal" in line
+    write_good_runs(tmp_path, step=700)
+    assert "good runs" not in normal.loss_lines(ended(), tmp_path)[0], "no step is shared"
+
+
+def test_a_size_that_was_no_choice_yet_is_at_its_default(tmp_path):
+    write_good_runs(tmp_path)
+    path = tmp_path / "normal_cpu.json"
+    found = json.loads(path.read_text())
+    for run in found["runs"]:
+        del run["kind"]["config"]["eps_rms"], run["kind"]["config"]["text"]
+    path.write_text(json.dumps(found))
+    assert "good runs" in normal.loss_lines(ended(), tmp_path)[0]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("normal_*.json")),
@@ -124,7 +146,8 @@ def test_good_runs_are_of_todays_recipes(path):
     for run in found["runs"]:
         recipe = recipe_for(run["stage"], device)
         asked = {"started": run["kind"]["started"], "fingerprint": fingerprint}
-        assert run["kind"] == normal.kind_of_run(asdict(recipe), asdict(config), asked)
+        kind = normal.kind_of_run(asdict(recipe), asdict(config), asked)
+        assert normal.whole(run["kind"]) == kind
 
 
 @pytest.mark.rest
@@ -144,7 +167,7 @@ def test_a_run_remembers_what_it_started_from(tmp_path, monkeypatch):
     train.main(["--resume", "--steps=2", f"--out={tmp_path}", "--device=cpu"])
     assert started() == "score"
     state = read_checkpoint(path, set())
-    del state["asked"]["started"]
+    del state["asked"]["started"], state["config"]["eps_rms"], state["config"]["text"]
     torch.save(state, path)
     train.main(["--resume", "--steps=3", f"--out={tmp_path}", "--device=cpu"])
     assert started() == "", "not known, and so not compared"
@@ -328,9 +351,7 @@ def good_entry(seed: int, loss: float, step: int = 200) -> dict:
 
 
 def test_the_table_of_losses_has_mean_and_spread():
-    """A run that is not finished is left out."""
     runs = [good_entry(seed, loss) for seed, loss in enumerate((0.1, 0.2, 0.3))]
-    runs.append(good_entry(3, 9.0, step=190))
     text = curves.losses(runs, tables.markdown)
     head, _, *rows = text.splitlines()
     assert "`score`, 200 steps, 3 seeds" in head
@@ -339,7 +360,15 @@ def test_the_table_of_losses_has_mean_and_spread():
     assert rows[14] == "| 75 % | 0.3 [0.15, 0.45] |", "half of its hundred steps are early"
     assert rows[19] == "| 100 % | 0.2 [0.1, 0.3] |"
     low, high = normal.range_of([0.1, 0.2, 0.3])
-    assert rows[20] == f"| normal at the end | {low:.3g} to {high:.3g} |"
+    assert rows[20] == f"| normal at the last of these | {low:.3g} to {high:.3g} |"
+
+
+def test_the_table_of_runs_that_stopped_goes_as_far_as_they(tmp_path):
+    runs = [good_entry(seed, loss, step=100) for seed, loss in enumerate((0.1, 0.2, 0.3))]
+    head, _, *rows = curves.losses(runs, tables.markdown).splitlines()
+    assert "`score`, 100 of 200 steps, 3 seeds" in head
+    assert len(rows) == curves.POINTS // 2 + 1
+    assert rows[9] == "| 50 % | 0.4 [0.2, 0.6] |"
 
 
 @pytest.mark.rest
