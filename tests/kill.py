@@ -135,7 +135,7 @@ class Killer:
             if self.kills < self.wanted:
                 seconds = self.dice.uniform(0, self.longest)
             flags = self.flags
-            if before:
+            if (out / "train.pt").exists():    # perhaps of step 0: the first save of all
                 flags = [*flags, "--resume"]
             child = start(out, self.log, flags)
             killed, status = wait_or_kill(child, seconds, self.number)

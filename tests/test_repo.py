@@ -401,20 +401,32 @@ def numbers_of_the_toy() -> dict[str, bool]:
     }
 
 
-def numbers_of_memory() -> dict[str, bool]:
-    """What is found behind the longest curtain, the mean of the seeds."""
+def numbers_over_seeds() -> dict[str, bool]:
+    """What is found behind the longest curtain, and right after a dense model is cut."""
     found = results("memory.json")
 
+    def runs(kind: str) -> list[dict]:
+        made = [run for run in found["runs"] if run["kind"] == kind]
+        assert len(made) == 3, "three seeds"
+        return made
+
     def percent(kind: str, name: str) -> str:
-        seen = [run["curtains"]["24"]["openings"][0][name] for run in found["runs"]
-                if run["kind"] == kind]
-        assert len(seen) == 3, "three seeds"
-        return f"{100 * mean(seen):.0f} %"
+        seen = [run["curtains"]["24"]["openings"][0][name] for run in runs(kind)]
+        share = 100 * mean(seen)
+        return f"{share:.0f} %"
 
     def bytes_of(kind: str) -> int:
-        return next(run["cache_bytes"] for run in found["runs"] if run["kind"] == kind)
+        run, *_ = runs(kind)
+        return run["cache_bytes"]
+
+    def error(width: str, start: str) -> str:
+        cut = f"{width}, data, {start}"
+        seen = [cuts["cut"][cut]["error"] for cuts in results("convert.json")["found"]]
+        assert len(seen) == 3, "three seeds"
+        return f"{mean(seen):.3f}"
 
     small = bytes_of("dense") / bytes_of("mla")
+    wide = bytes_of("wide") / bytes_of("mla")
     return {
         "24": Recall.LONGEST == 24,
         "36": found["frames"] == 36,
@@ -422,7 +434,10 @@ def numbers_of_memory() -> dict[str, bool]:
         "99 %": percent("mla", "shape") == "99 %",
         "19 %": percent("dense", "colour") == "19 %" and 0.95 < small < 1.05,
         "32 %": percent("dense", "shape") == "32 %",
-        "10.7": f"{bytes_of('wide') / bytes_of('mla'):.1f}" == "10.7",
+        "10.7": round(wide, 1) == 10.7,
+        "0.077": error("E", "factors") == "0.077",
+        "0.083": error("E/8", "factors") == "0.083",
+        "0.201": error("E/8", "mean") == "0.201",
     }
 
 
@@ -441,7 +456,7 @@ def said() -> dict[str, bool]:
     """Every number that stands in the prose of both pages (single digits aside), and whether
     code and results say the same."""
     return {**names_and_versions(), **numbers_of_the_paper(), **numbers_of_the_toy(),
-            **numbers_of_memory(), **numbers_of_results()}
+            **numbers_over_seeds(), **numbers_of_results()}
 
 
 def numbers(text: str) -> set[str]:
