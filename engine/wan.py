@@ -131,8 +131,8 @@ def _mentions(path: Path, word: bytes) -> bool:
                 small = member.file_size <= path.stat().st_size
                 if member.filename.endswith("data.pkl") and stored and small:
                     return word in archive.read(member)
-    except Exception:
-        pass                                   # `load_model` will say what is wrong with it
+    except Exception:                          # of a damaged file anything can be raised
+        return False                           # `load_model` will say what is wrong with it
     return False
 
 

@@ -38,12 +38,14 @@ from engine.command_line import check_bounds, default_device, pick_device, prove
 from engine.progress import watched
 from engine.quantised import FP8, INT8, Format, make_cache
 from engine.streaming import FastStream
-from experiments.quality import METRICS, STRETCH, draws_on, judge
+from experiments.quality import METRICS as METRICS_OF_ALL
+from experiments.quality import STRETCH, draws_on, judge
 from flow import SAMPLERS, Stream, rollout
 from mla_video import PRESETS, VideoDiT
 from toy_data import make_world
 
 ROOT = Path(__file__).resolve().parent.parent
+METRICS = tuple(name for name in METRICS_OF_ALL if name != "class")    # shapes have none
 INT4 = Format("int4", torch.int8, 7)
 FORMATS = {"float32": None, "int8": INT8, "fp8": FP8, "int4": INT4}
 LAST = 120                             # frames that are judged
