@@ -83,6 +83,7 @@ def interpreted():
     refused("float32", *route_inputs(dtype=torch.float64))
 
 
+@pytest.mark.rest
 def test_fused_route_is_the_reference_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=300)

@@ -232,10 +232,8 @@ def test_the_full_window_keeps_the_same_bytes(name, window, sink):
         assert torch.equal(full.frames(), cache.frames())
 
 
-@pytest.mark.parametrize("kind, name", [
-    ("mla", "int8"),
-    pytest.param("dense", "fp8", marks=pytest.mark.rest),
-])
+@pytest.mark.rest
+@pytest.mark.parametrize("kind, name", [("mla", "int8"), ("dense", "fp8")])
 def test_a_compiled_stream_makes_the_same_video(kind, name):
     """aot_eager: one graph, functionalised, without Inductor; guided, past the horizon."""
     model = lively_model(kind)

@@ -412,6 +412,7 @@ def run(*arguments):
         return stop.code
 
 
+@pytest.mark.rest
 def test_one_command_measures_judges_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(spectrum, "QUICK", TINY)
     path = tmp_path / "new" / "spectrum.json"
@@ -436,6 +437,7 @@ def test_one_command_measures_judges_and_draws(tmp_path, monkeypatch, capsys):
     assert again.exists()
 
 
+@pytest.mark.rest
 def test_what_was_measured_outlives_an_interrupted_run(tmp_path, monkeypatch):
     monkeypatch.setattr(spectrum, "QUICK", TINY)
 
