@@ -20,6 +20,9 @@ from pathlib import Path
 
 import torch
 
+if not __package__:                    # started by its path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from engine.command_line import UserError, provenance, run
 from engine.wan import load_wan, their_name
 from mla_video import PRESETS, VideoDiT
