@@ -77,6 +77,13 @@ def test_a_number_comes_back_within_half_a_step(code, name, shape, size, seed):
 
 
 @names
+def test_no_number_of_a_byte_is_left_unused(name):
+    format = FORMATS[name]
+    info = torch.finfo if format.dtype.is_floating_point else torch.iinfo
+    assert format.top == info(format.dtype).max, "half the range costs a bit"
+
+
+@names
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_zeros_and_next_to_nothing_stay_what_they_are(name, dtype):
     format = FORMATS[name]
