@@ -44,12 +44,13 @@ For T much larger than L they are equal at
 With fewer query tokens absorbing is cheaper. A language model decodes one token at a time, so
 "absorb when decoding" became folklore. A *chunk* of video has 4680 tokens (3 frames of 30 x 52)
 and looks at 32,760 (21 frames): there absorbing costs 1.57 times the operations, and what it
-buys is the memory of K and V. (The paper's appendix D.4 materialises; its Appendix E absorbs.)
+buys is the memory of K and V. (The paper says both: its D.4 materialises, its Appendix E
+absorbs. Its frames/s do not change from C = 64 to 512, as those of absorbed attention would.)
 And where 2 C <= N + V (our toy model: C = 16, N + V = 56) there is no crossing: absorbing never
 needs more operations, for L <= T.
 
-Appendix E multiplies W_UK^T W_UQ into one matrix. Do not: it has H C Q numbers instead of H N
-(C + Q). At the paper's sizes that is more, and slower (exercise 3).
+Appendix E also multiplies W_UK^T W_UQ into a matrix A_h, and W_O W_UV into B_h. Do not: A has H
+C Q numbers instead of H N (C + Q). At the paper's sizes that is more, and slower (exercise 3).
 
 tests/test_routes.py: all routes agree, outputs and gradients; (11) to (13) equal torch's count.
 """
@@ -336,18 +337,19 @@ class MLA(nn.Module):
                             rope query is zero outside its own; no content is left in the
                             score. Equal to full per-head RoPE once C >= rank W_V.      (E2)
           R < d_h           The R fastest, axis by axis; the others carry content and no
-                            longer turn. The heads' keys are averaged: the one shared key
-                            nearest to all of them. In general inexact; exact if the heads agree
-                            on their rope keys, the other pairs do not turn (all positions 0,
-                            say), and C >= rank of [K; W_V], K the other channels of W_K. Here
-                            the approximation starts.
+                            longer turn. The heads share the key of (E4). In general inexact;
+                            exact if the heads' rope keys agree up to a complex factor a pair,
+                            the other pairs do not turn (all positions 0, say), and C >= rank
+                            of [K; W_V], K the other channels of W_K. Here the approximation
+                            starts.
         Everything else is two cuts by singular value decomposition: `split_content` for keys
         and values, `low_rank` for queries (Q is E by default: exact). The softmax scale is the
         dense layer's. The paper says "SVD-style" and no more. init="random" draws fresh weights
-        of the same sizes instead, as the paper's control does.
+        of the same sizes instead; the paper has such a control, and does not describe it.
 
         `scale` and `rope` are not among the weights of a state_dict: whoever stores the layer
-        must store them, too. Wan's layers have biases and norms, and cannot be converted so.
+        must store them, too. engine/convert.py converts whole models, normed ones as well, and
+        cuts where their inputs lose least.
 
         Raises ValueError for a normed layer, an unknown init, or C, Q, R out of range.
         tests/test_full_rank.py.
@@ -402,8 +404,46 @@ def fill_by_svd(mla: MLA, dense: Dense, turning: list[int]) -> None:
         mla.W_QR.weight.copy_(own_slices(up))                                          # (4)
         mla.W_KR.weight.copy_(W_K.flatten(0, 1))                                       # (2)
     else:
-        mla.W_QR.weight.copy_(up[:, turning].flatten(0, 1))                            # (4)
-        mla.W_KR.weight.copy_(W_K[:, turning].mean(dim=0))                             # (2)
+        alpha, kappa = shared_key(W_K[:, turning])                                    # (E4)
+        up = turned_back(up[:, turning], alpha)                # [H, R, Q]
+        mla.W_QR.weight.copy_(up.flatten(0, 1))                                        # (4)
+        mla.W_KR.weight.copy_(kappa)                                                   # (2)
+
+
+# One key for heads that differ. To RoPE a pair of channels is one complex number, which it
+# turns by a unit factor; a score is Re conj(query) key. Complex factors commute, so one that
+# multiplies a head's key can multiply its query instead:
+#     Re conj(rot q^h) rot (alpha^h kappa)  =  Re conj(rot (conj(alpha^h) q^h)) rot kappa  (E3)
+# Heads whose keys are alpha^h kappa share kappa, exactly; the mean over heads is the case alpha
+# = 1. The nearest to any heads is a cut to rank 1 of a pair's H maps to complex numbers,
+#     [k^1; ...; k^H]  ~  alpha kappa    of shape [H, E]                                  (E4)
+
+
+def shared_key(K: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha [H, R/2], complex, and kappa [R, E]) of (E4) from the heads' rope keys K
+    [H, R, E]. The mean square of |alpha| over heads is 1."""
+    H = len(K)
+    k = as_complex(K).transpose(0, 1)                          # [R/2, H, E]
+    U, _, _ = torch.linalg.svd(k, full_matrices=False)
+    alpha = U[:, :, :1] * H**0.5                               # [R/2, H, 1]
+    kappa = alpha.mH @ k / H                                   # [R/2, 1, E]
+    kappa = torch.cat((kappa.real, kappa.imag), dim=1)         # [R/2, 2, E]
+    return alpha.squeeze(2).T, kappa.flatten(0, 1)
+
+
+def turned_back(up: Tensor, alpha: Tensor) -> Tensor:
+    """(E3): the rope queries `up` [H, R, Q] with conj(alpha), alpha [H, R/2], folded in."""
+    q = as_complex(up)                                         # [H, R/2, Q]
+    q = q * alpha.conj().unsqueeze(2)
+    return torch.stack((q.real, q.imag), dim=2).flatten(1, 2)
+
+
+def as_complex(W: Tensor) -> Tensor:
+    """Maps W [H, R, E] to pairs of neighbouring channels as maps to complex numbers, [H, R/2,
+    E], in float32 at least."""
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    a, b = W.unflatten(1, (-1, 2)).unbind(2)
+    return torch.complex(a, b)
 
 
 def turning_channels(rope: Rope3D | None, R: int | None, H: int,

@@ -7,6 +7,8 @@ distillation, distribution matching.
     python train.py --data digits              real handwritten digits that move (scikit-learn)
     python train.py --data clips.npy           your own clips
     python train.py --attention dense          the baseline: the same model, standard attention
+    python train.py --from-dense PATH          such a model becomes MLA and learns on, as the
+                                               paper's did
     python train.py --deterministic            the same bits every time
     python train.py --resume                   go on from out/train.pt, with its flags
     python train.py --resume --steps 4000      the same, up to 4000 steps in all
@@ -36,7 +38,7 @@ from engine.muon import Muon
 from engine.parallel import (any_of, join, mean_over_processes, my_device, processes, rank,
                              recordable, say, shard)
 from engine.progress import Progress
-from engine.run_files import (as_begun, asked_for, check_flags, check_memory,
+from engine.run_files import (as_begun, asked_for, check_conversion, check_flags, check_memory,
                               check_nothing_is_lost, check_resumable, finish, judge, kept,
                               make_config, read_losses, read_state, report, save, sole_writer,
                               starting_weights, trainable)
@@ -406,6 +408,7 @@ def train_stages(args: argparse.Namespace, state: dict | None, device: torch.dev
     if args.stage == "all":
         stages = list(STAGES)
     recipes = {stage: make_recipe(args, stage) for stage in stages}
+    ahead = stages
     if state is None:
         check_nothing_is_lost(path, recipes)
     else:
@@ -413,7 +416,9 @@ def train_stages(args: argparse.Namespace, state: dict | None, device: torch.dev
         reached = state["recipe"]["stage"]
         recipes[reached] = recipe_to_go_on(args, state)
         stages = stages[stages.index(reached):]
+        ahead = stages[1:]
     check_flags(args, recipes, world)
+    check_conversion(args, ahead, config, world)
     any_of(False, device)                  # process 0 writes when all have seen what was there
     with fast_products(), repeatable(args.deterministic, device):
         for stage in stages:
@@ -536,6 +541,12 @@ def add_what(add) -> None:
     add("--start", metavar="PATH",
         help="weights that the stage starts from (default: OUT/score.pt for tf, if it is "
              "there; OUT/tf.pt for cd, OUT/cd.pt for dmd)")
+    add("--from-dense", metavar="PATH",
+        help="a model of --attention dense, trained on the same data; as MLA it is what the "
+             "stage starts from (with --stage all: stage tf)")
+    add("--conversion", default="data", choices=("data", "weights"),
+        help="where --from-dense cuts: where inputs made of 32 clips lose least, or by the "
+             "weights alone")
     add("--score", metavar="PATH", help="score model that dmd needs (default: OUT/score.pt)")
     add("--resume", action="store_true",
         help="go on from the checkpoint in --out, with the flags that it was begun with, up to "

@@ -19,8 +19,11 @@ from statistics import mean
 
 import torch
 
-from engine.checkpoint import load_model, previous, read_last_good, save_model, write_atomically
+from engine.checkpoint import (find_model, load_model, previous, read_last_good, save_model,
+                               write_atomically)
 from engine.command_line import UserError, as_user_error
+from engine.convert import (CLIPS, MLA_ALONE, check_alike, convert, moments_of_weights,
+                            moments_on)
 from engine.judging import PROMPTS, evaluate, report_survival, unseen_captions
 from engine.loader import WorkerDied
 from engine.locks import lock
@@ -39,10 +42,15 @@ STATE = {"config", "recipe", "asked", "step", "seconds", "learner", "critic", "f
 # The flags that a run is begun with and keeps: --resume takes them from train.pt.
 KEPT = {"stage": str, "data": str, "layout": (str, type(None)), "border": bool, "preset": str,
         "attention": str, "config": list, "steps": (int, type(None)),
-        "batch": (int, type(None)), "seed": int, "deterministic": bool}
+        "batch": (int, type(None)), "seed": int, "deterministic": bool,
+        "from_dense": (str, type(None)), "conversion": str}
+# What a train.pt that is older than a flag was begun with.
+BEFORE = {"from_dense": None, "conversion": "data"}
 # And what train.pt holds besides: the kind of device that the recipe is for, and which data it
 # was, whatever its file is called.
 ASKED = {**KEPT, "machine": str, "fingerprint": str}
+# The dense models that a stage may start from, as MLA.
+DENSE = {"tf": ("score", "tf"), "cd": ("tf",), "dmd": ("cd", "tf")}
 
 
 # ---- may it begin? ---------------------------------------------------------------------------
@@ -99,6 +107,12 @@ def check_flags(args: argparse.Namespace, recipes: dict, world) -> None:
     if args.curve and (world.name != "shapes" or args.stage == "score"):
         raise UserError("--curve judges rollouts in the shapes world, whose truth is known; "
                         f"not in {world.name}, nor of a score model")
+    if "conversion" in args.given and not args.from_dense:
+        raise UserError("--conversion says how a dense model becomes MLA: name the model with "
+                        "--from-dense")
+    if args.from_dense and (args.attention == "dense" or args.stage == "score" or args.start):
+        raise UserError("--from-dense makes the MLA model that stage tf, cd or dmd starts from:"
+                        " it does not go with --attention dense, --stage score or --start")
     idle_start = args.start and args.stage in ("score", "all")
     idle_score = args.score and args.stage != "dmd"
     if idle_start or idle_score:
@@ -143,7 +157,10 @@ def starting_weights(args: argparse.Namespace, model: VideoDiT, score: VideoDiT 
     origins = []
     start = Path(args.start or out / f"{allowed[0]}.pt")
     left = allowed[0] != "" and start.is_file()
-    if args.start or left or "" not in allowed:
+    if stage == converting_stage(args):
+        model = from_dense(args, stage, model.config, world)
+        origins.append(f"{args.from_dense}, made MLA by its {args.conversion}")
+    elif args.start or left or "" not in allowed:
         model = load_start(start, stage, allowed, model.config, world)
         origins.append(str(start))
     if stage == "dmd":
@@ -166,7 +183,16 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
         raise UserError(f"stage {stage} needs {needed}, and there is none at {path}: train it "
                         f"with --stage {allowed[0] or stage}, or name one with {flag}")
     model, about = load_model(path)
-    found = {"stage": about.get("stage"), "data": about.get("data"), **asdict(model.config)}
+    check_start(path, model.config, about, stage, allowed, config, world)
+    return model.float()
+
+
+def check_start(path: Path, theirs: Config, about: dict, stage: str, allowed: tuple[str, ...],
+                config: Config, world) -> None:
+    """UserError that names both sides unless a model of this config, trained so, may start a
+    `stage` of `config` in `world`."""
+    names = [name for name in allowed if name]
+    found = {"stage": about.get("stage"), "data": about.get("data"), **asdict(theirs)}
     needed = {"stage": " or ".join(names), "data": world.name, **asdict(config)}
     if found["stage"] in allowed:
         needed["stage"] = found["stage"]
@@ -179,7 +205,51 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
         if theirs != needed[what]:
             raise UserError(f"stage {stage} cannot start from {path}: its {what} is {theirs}, "
                             f"and {needed[what]} is needed")
+
+
+def converting_stage(args: argparse.Namespace) -> str | None:
+    """The stage that starts from the model of --from-dense; None without one. The score model
+    is not made from it: it is of another kind."""
+    if not args.from_dense:
+        return None
+    return "tf" if args.stage == "all" else args.stage
+
+
+def check_conversion(args: argparse.Namespace, ahead: list[str], config: Config, world) -> None:
+    """UserError if one of the stages `ahead` is to start from a dense model that cannot become
+    MLA of `config`: now, and not when that stage begins."""
+    stage = converting_stage(args)
+    if stage in ahead:
+        load_dense(args.from_dense, stage, config, world)
+
+
+def load_dense(source: str, stage: str, config: Config, world) -> VideoDiT:
+    """The dense model of --from-dense; UserError for a file of another kind, or whose sizes,
+    stage or data do not fit."""
+    path = find_model(Path(source))
+    if not path.is_file():
+        raise UserError(f"--from-dense names a dense model, and there is none at {path}: train "
+                        "one with `python train.py --attention dense`")
+    model, about = load_model(path)
+    own = asdict(model.config)
+    kept = {name: own[name] for name in MLA_ALONE}
+    needed = replace(config, **{**kept, "attention": "dense"})
+    check_start(path, model.config, about, stage, DENSE[stage], needed, world)
+    with as_user_error():
+        check_alike(model.config, config)
     return model.float()
+
+
+def from_dense(args: argparse.Namespace, stage: str, config: Config, world) -> VideoDiT:
+    """The MLA model of `config` that the model of --from-dense becomes, by the inputs of its
+    layers on clips of `world` or by its weights alone."""
+    dense = load_dense(args.from_dense, stage, config, world)
+    if args.conversion == "weights":
+        moments = moments_of_weights(dense)
+    else:
+        video, caption = world.batch(range(CLIPS))
+        moments = moments_on(dense, video, caption, args.seed)
+    return convert(dense, config, moments)
 
 
 # ---- going on --------------------------------------------------------------------------------
@@ -223,6 +293,8 @@ def read_state(path: Path) -> dict:
                         "without --resume, or name the folder of another with --out")
     state = read_last_good(path, STATE)
     recipe = state["recipe"]
+    if isinstance(state["asked"], dict):
+        state["asked"] = {**BEFORE, **state["asked"]}
     good = isinstance(state["config"], dict) and isinstance(recipe, dict)
     if good:
         numbers = [state["step"], recipe.get("steps"), recipe.get("batch"), recipe.get("seed")]
@@ -241,6 +313,8 @@ def were_flags(asked) -> bool:
     if not all(isinstance(asked[name], kind) for name, kind in ASKED.items()):
         return False
     stages = (*STAGES, "all")
+    if asked["conversion"] not in ("data", "weights"):
+        return False
     return (asked["stage"] in stages and asked["preset"] in PRESETS
             and asked["machine"] in ("cpu", "cuda", "mps"))
 
@@ -255,6 +329,8 @@ def check_resumable(path: Path, state: dict, args: argparse.Namespace, stages: l
                         f"for {' '.join(stages)}")
     check_same(path, "config", state["config"], asdict(config))
     check_same(path, "seed", theirs["seed"], args.seed)
+    check_same(path, "--from-dense", asked["from_dense"], args.from_dense)
+    check_same(path, "--conversion", asked["conversion"], args.conversion)
     if args.batch is not None:
         check_same(path, "batch", theirs["batch"], args.batch)
     # Which clips they are decides, and not what their file is called.

@@ -2,10 +2,12 @@
 
 Absorption lifts the query to the latent: q' = W_UK^T (W_UQ q). Two constant matrices stand next
 to each other, so why not multiply them once and for all into W_M = W_UK^T W_UQ? ("Absorb W_UK
-into W_UQ" can be read that way.) Because the detour through N channels is what makes it cheap:
-W_M is C x Q numbers per head that hold a matrix of rank N. The answer is the same, the work and
-the weights are larger. You write the merged form and count both. The tests hold the answers
-equal, and your counts against torch's own.
+into W_UQ" can be read that way, and the paper's Appendix E does so: its A_h is W_M of head h,
+its B_h = W_O W_UV. Its D.4 rebuilds keys and values instead, and needs neither.) Because the
+detour through N channels is what makes it cheap: W_M is C x Q numbers per head that hold a
+matrix of rank N. The answer is the same, the work and the weights are larger. You write the
+merged form and count both. The tests hold the answers equal, and your counts against torch's
+own.
 
 Read first: the header of attention.py, "Absorption is associativity and nothing else",
 equations (4), (6) and (9), then `attend_absorbed`.

@@ -8,9 +8,9 @@ rank-deficient, ill-conditioned):
 (E2) position: a dense layer with full 3D RoPE in every head is reproduced by a positional key
 with
      a slice per head, C >= rank W_V;
-the shared narrow key is exact if heads agree on it and the bands left out stand still: here the
-approximation starts; below full rank the error is the tail of the singular values
-(Eckart-Young), never grows with C, and rank(M) <= C.
+the shared narrow key is exact if heads agree on it up to a complex factor a pair and the bands
+     left out stand still: here the approximation starts; below full rank the error is the tail
+     of the singular values (Eckart-Young), never grows with C, and rank(M) <= C.
 """
 
 import numpy as np
@@ -241,12 +241,28 @@ def test_a_slice_per_head_is_standard_attention_with_rope(
     assert_same_gradients(scene, dense, mla, "(E2) R = H d_h")
 
 
+def turned(code, K, alpha):
+    """K [H, R, E] with each pair of channels of head h times the complex number alpha [H, R/2],
+    in numpy's own complex numbers."""
+    pairs = numbers(K).reshape(K.shape[0], -1, 2, K.shape[2])
+    z = alpha[..., None] * (pairs[:, :, 0] + 1j * pairs[:, :, 1])
+    return torch.tensor(np.stack((z.real, z.imag), axis=2).reshape(K.shape))
+
+
+def complex_factors(seed: int, H: int, pairs: int) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    size = draw.uniform(0.5, 2.0, (H, pairs))
+    return size * np.exp(2j * np.pi * draw.uniform(size=(H, pairs)))
+
+
 @forall(shape=st.sampled_from([(R, d) for R, d in NARROW if d <= 14]), H=st.integers(1, 3),
-        B=st.integers(1, 2), L=counts, T=counts, masked=st.booleans(), seed=seeds)
-def test_a_shared_narrow_key_is_exact_where_heads_agree(code, shape, H, B, L, T, masked, seed):
-    """Two conditions, both needed: the heads share the keys of the R fastest channels, and the
-    other bands stand still (theta so large that all bands but an axis' first turn by nothing,
-    and none of those is left out)."""
+        B=st.integers(1, 2), L=counts, T=counts, masked=st.booleans(),
+        factors=st.booleans(), seed=seeds)
+def test_a_shared_key_is_exact_where_heads_agree_up_to_a_complex_factor(
+        code, shape, H, B, L, T, masked, factors, seed):
+    """Two conditions, both needed: the heads' keys of the R fastest channels differ by a
+    complex factor a pair at most, and the other bands stand still (theta so large that all
+    bands but an axis' first turn by nothing, and none of those is left out)."""
     R, d = shape
     E = H * d
     theta = 1e250
@@ -255,21 +271,46 @@ def test_a_shared_narrow_key_is_exact_where_heads_agree(code, shape, H, B, L, T,
     # A view: what is written here, the layer has.
     K = dense.W_K.weight.data.unflatten(0, (H, d))
     K[:, turning] = K[:1, turning].clone()
+    one = K[0, turning].clone()
+    if factors:
+        K[:, turning] = turned(code, K[:, turning], complex_factors(seed, H, R // 2))
     scene = Scene(code, E, B, L, T, masked, seed)
     mla = code.attention.MLA.from_dense(dense, E, R=R)
     assert mla.widths == (E, R)
     assert_same_layer(scene, dense, mla, f"shared key of R = {R} of {d} channels", theta)
+    if not factors:                        # the mean over heads is the case of factors 1
+        _, kappa = code.attention.shared_key(K[:, turning])
+        sizes = [numbers(x).reshape(-1, 2, E) for x in (kappa, one)]
+        assert_same(*[np.linalg.norm(x, axis=(1, 2)) for x in sizes], EXACT,
+                    "the key of heads that agree is theirs, but for a turn")
     if H == 1:
         return
 
     # And this is where the approximation starts: heads that disagree.
     K[:, turning] += Dice(seed).normal(H, R, E) / d**0.5
     mla = code.attention.MLA.from_dense(dense, E, R=R)
-    assert_same(mla.W_KR.weight, K[:, turning].mean(0), EXACT,
-                "the shared key nearest to all heads' is their mean")
     if L * T > 20 and not masked:
         assert error(scene.run(mla), scene.run(dense)) > 1e-6, \
             "heads disagree on their rope keys: one shared key cannot be exact"
+
+
+@forall(H=st.integers(1, 4), pairs=st.integers(1, 4), E=st.integers(1, 6), seed=seeds)
+def test_the_shared_key_is_the_nearest_of_all(code, H, pairs, E, seed):
+    """Eckart-Young, pair by pair: what is missed is the tail of the singular values of a
+    complex [H, E] matrix. So no factors do better, those of the mean (all 1) among them."""
+    K = Dice(seed).normal(H, 2 * pairs, E)
+    alpha, kappa = code.attention.shared_key(K)
+    alpha = alpha.numpy()
+    assert_same((abs(alpha) ** 2).mean(axis=0), np.ones(pairs), EXACT, "the scale of alpha")
+    made = turned(code, kappa.expand(H, -1, -1), alpha)
+    missed = numbers(made - K).reshape(H, pairs, 2, E)
+    mean_missed = numbers(K.mean(0) - K).reshape(H, pairs, 2, E)
+    whole = numbers(K).reshape(H, pairs, 2, E)
+    for p in range(pairs):
+        S = np.linalg.svd(whole[:, p, 0] + 1j * whole[:, p, 1], compute_uv=False)
+        found = np.linalg.norm(missed[:, p])
+        assert abs(found - tail(S, 1)) <= EXACT * S[0], "not the nearest key of rank 1"
+        assert found <= np.linalg.norm(mean_missed[:, p]) + EXACT, "the mean is nearer"
 
 
 # ---- below full rank ------------------------------------------------------------------------

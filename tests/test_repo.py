@@ -47,11 +47,12 @@ WORLDS = ["toy_data", "metrics"]
 ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "command_line", "locks", "progress", "routes", "streaming", "switching", "parallel", "muon",
     "loader", "checkpoint", "video_files", "terminal", "prompts", "judging", "about", "layouts",
-    "pixel_values", "framing", "clip_files", "clips", "starts", "trainer", "run_files"))]
+    "pixel_values", "framing", "clip_files", "clips", "starts", "trainer", "convert",
+    "run_files"))]
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum", "quality", "pictures", "captions",
-    "starts", "switches", "tables")]
+    "starts", "switches", "convert", "tables")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
 
