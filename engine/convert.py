@@ -107,8 +107,11 @@ def convert_layer(dense: Dense, M: Tensor, C: int, Q: int, R: int, norm: bool,
     channels of keys and values count alike; `make` converts the plain layer that (C1) to (C3)
     lead to.
 
-    Raises ValueError for C, Q, R out of range.
+    Raises ValueError for C, Q, R out of range, and for a layer with biases.
     """
+    if dense.W_K.bias is not None:
+        raise ValueError("a dense layer with biases becomes MLA in homogeneous coordinates "
+                         "alone (engine/homogeneous.py)")
     plain = linearised(dense, M)
     if weighed:
         weigh(plain, M, R)
@@ -119,8 +122,8 @@ def convert_layer(dense: Dense, M: Tensor, C: int, Q: int, R: int, norm: bool,
     for projection in (mla.W_DKV, mla.W_KR, mla.W_DQ):
         projection.weight.copy_(projection.weight @ inverse)
     if norm:
-        mla.norm_kv = nn.RMSNorm(C).double()
-        mla.norm_q = nn.RMSNorm(Q).double()
+        mla.norm_kv = nn.RMSNorm(C, dense.norm_k.eps).double()
+        mla.norm_q = nn.RMSNorm(Q, dense.norm_q.eps).double()
         like_rho(mla.W_DKV, (mla.W_UK, mla.W_UV), dense.W_K.weight.cpu().double(), M)
         like_rho(mla.W_DQ, (mla.W_UQ, mla.W_QR), dense.W_Q.weight.cpu().double(), M)
     return mla

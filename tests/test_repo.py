@@ -48,7 +48,7 @@ ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "command_line", "locks", "progress", "routes", "streaming", "switching", "parallel", "muon",
     "loader", "checkpoint", "video_files", "terminal", "prompts", "judging", "about", "layouts",
     "pixel_values", "framing", "clip_files", "clips", "starts", "trainer", "convert",
-    "run_files"))]
+    "homogeneous", "run_files"))]
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum", "quality", "pictures", "captions",
