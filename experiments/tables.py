@@ -20,7 +20,7 @@ from statistics import mean
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments import verdicts
+from experiments import convert, verdicts
 from mla_video import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -386,6 +386,11 @@ def rank() -> str:
     return markdown(head, rows) + "\n\n" + " ".join(said)
 
 
+def conversion() -> str:
+    found = results("convert.json")
+    return f"{convert.table(found)}\n\n{convert.sentences(found)} {origin('convert.json')}"
+
+
 # ---- runs that are exact, and do not end -----------------------------------------------------
 
 def largest(differences: dict[str, float]) -> str:
@@ -649,7 +654,7 @@ def claims() -> str:
 FILES = {
     "README.md": (training, four, claims),
     "RESULTS.md": (memory, minute, captions, switches, starts, stages, attention, model, rank,
-                   exact),
+                   conversion, exact),
 }
 TABLES = {table.__name__: table for tables in FILES.values() for table in tables}
 

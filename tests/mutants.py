@@ -16,8 +16,10 @@ import pytest
 import torch
 
 import test_cache as cache
+import test_convert as convert
 import test_flow as flow
 import test_full_rank as full_rank
+import test_homogeneous as homogeneous
 import test_objectives as objectives
 import test_parallel as parallel
 import test_prompts as prompts
@@ -257,6 +259,36 @@ ENTRIES = (
      "init == 'spectral'",
      "True",
      full_rank.test_random_initialisation_keeps_the_sizes_and_nothing_else),
+
+    # ---- a dense model becomes MLA ----
+    ("whitened, and not brought back", "engine.convert:convert_layer",
+     "projection.weight @ inverse",
+     "projection.weight",
+     convert.test_heads_that_agree_are_kept_whatever_the_inputs),
+    ("the norm's gains left out", "engine.convert:linearised",
+     "norm.weight[:, None] / rho",
+     "1 / rho",
+     convert.test_the_norm_of_the_query_latent_is_the_dense_norm),
+    ("latents as large as they happen to be", "engine.convert:like_rho",
+     "guess.T @ guess",
+     "torch.eye(len(size), dtype=size.dtype)",
+     convert.test_keys_and_values_keep_their_size_under_the_norm_of_the_latent),
+    ("inputs without their mean", "engine.convert:moments_on",
+     "x.T @ x / len(x)",
+     "torch.cov(x.T)",
+     convert.test_moments_are_of_what_keys_are_made_of_clean_and_noisy),
+    ("values divided by the keys' norm", "engine.homogeneous:absorbed",
+     "s / s[..., -1:]",
+     "s",
+     homogeneous.test_content_with_norms_and_biases),
+    ("the keys' biases left out", "engine.homogeneous:from_dense",
+     "bias[:, content].flatten()",
+     "0 * bias[:, content].flatten()",
+     homogeneous.test_content_with_norms_and_biases),
+    ("eps of the keys' norm left out", "engine.homogeneous:HomogeneousMLA.rows",
+     "size + self.eps",
+     "size",
+     homogeneous.test_the_last_number_of_a_row_is_the_keys_norm),
 
     # ---- cache ----
     ("sink evicted", "cache:RollingCache._moves",
