@@ -1,9 +1,8 @@
 """A dense model becomes MLA and learns on from there: `python train.py --from-dense PATH`.
 
 `MLA.from_dense` (attention.py) converts one plain layer, and cuts as if every direction of its
-input counted alike and every channel of a key mattered alike. Here a layer is first brought
-into coordinates in which that is so, and brought back afterwards. None of it changes what the
-dense layer computes.
+input counted alike. Here a layer is first brought into coordinates in which that is so, and
+brought back afterwards, which changes nothing in what it computes.
 
 Inputs (C1). M = E[x x^T] is the second moment of a layer's inputs [E, E]. Then
 
@@ -12,13 +11,7 @@ Inputs (C1). M = E[x x^T] is the second moment of a layer's inputs [E, E]. Then
 so the mean square of (W - W') x is the squared distance of W M^1/2 and W' M^1/2. These are what
 is cut, and M^-1/2 is multiplied back into what reads x: W_DKV, W_KR, W_DQ.
 
-Who asks (C2). An error e of a key costs q . e in a score, of mean square e^T E[q q^T] e, and an
-error e of a value costs W_O e. So keys are cut as S k and values as T v, with S S = E[q q^T]
-and T T = W_O^T W_O, head by head. Queries become S^-1 q and W_O becomes W_O T^-1: scores and
-outputs stay. A pair of channels that turns may only be multiplied by a number (a complex one,
-see attention.py): there S is the root mean square of the query's pair.
-
-Norms (C3). Wan's RMSNorm of queries is g * W_Q x / rho(x), rho(x) = sqrt(mean (W_Q x)^2). It is
+Norms (C2). Wan's RMSNorm of queries is g * W_Q x / rho(x), rho(x) = sqrt(mean (W_Q x)^2). It is
 not linear, nor is that of keys. Their gains g go into W, and rho becomes one number,
 sqrt(E[rho^2]). Then it comes back: MLA divides its latents by their root mean square, T c is as
 good a latent as c for any invertible T, and |T c|^2 is whatever quadratic form of c one likes.
@@ -37,7 +30,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from attention import MLA, Dense, fastest_channels
+from attention import MLA, Dense
 from flow import Draws, shift
 from mla_video import Config, VideoDiT, sinusoid
 from objectives import teacher_forcing_loss
@@ -101,11 +94,10 @@ def roots(M: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def convert_layer(dense: Dense, M: Tensor, C: int, Q: int, R: int, norm: bool,
-                  weighed: bool = True, make: Callable[..., MLA] = MLA.from_dense) -> MLA:
+                  make: Callable[..., MLA] = MLA.from_dense) -> MLA:
     """An MLA layer (float64, on the CPU) made of `dense`; `M` [E, E] is the second moment of
-    its inputs. `norm` puts an RMSNorm on both latents (C3). Without `weighed`, errors of all
-    channels of keys and values count alike; `make` converts the plain layer that (C1) to (C3)
-    lead to.
+    its inputs. `norm` puts an RMSNorm on both latents (C2); `make` converts the plain layer
+    that (C1) and (C2) lead to.
 
     Raises ValueError for C, Q, R out of range, and for a layer with biases.
     """
@@ -113,8 +105,6 @@ def convert_layer(dense: Dense, M: Tensor, C: int, Q: int, R: int, norm: bool,
         raise ValueError("a dense layer with biases becomes MLA in homogeneous coordinates "
                          "alone (engine/homogeneous.py)")
     plain = linearised(dense, M)
-    if weighed:
-        weigh(plain, M, R)
     S, inverse = roots(M)
     for projection in (plain.W_Q, plain.W_K, plain.W_V):
         projection.weight.copy_(projection.weight @ S)                                 # (C1)
@@ -130,7 +120,7 @@ def convert_layer(dense: Dense, M: Tensor, C: int, Q: int, R: int, norm: bool,
 
 
 def linearised(dense: Dense, M: Tensor) -> Dense:
-    """`dense` without its norms (C3): their gains are in the weights, their divisors constants.
+    """`dense` without its norms (C2): their gains are in the weights, their divisors constants.
     In float64, on the CPU."""
     dense = copy.deepcopy(dense).cpu().double().requires_grad_(False)
     for W, norm in ((dense.W_Q, dense.norm_q), (dense.W_K, dense.norm_k)):
@@ -147,35 +137,8 @@ def mean_square(W: Tensor, M: Tensor) -> Tensor:
     return (W @ M * W).sum(dim=1)
 
 
-def weigh(dense: Dense, M: Tensor, R: int) -> None:
-    """(C2) for a plain layer, in place: its outputs stay, and equal errors of its keys and
-    values become equal errors of scores and outputs."""
-    H = dense.heads
-    d = dense.W_Q.in_features // H
-    turning = fastest_channels(R, d)
-    content = [channel for channel in range(d) if channel not in turning]
-    # Views: what is written here, the layer has.
-    W_Q = dense.W_Q.weight.unflatten(0, (H, d))
-    W_K = dense.W_K.weight.unflatten(0, (H, d))
-    W_V = dense.W_V.weight.unflatten(0, (H, d))
-    W_O = dense.W_O.weight.unflatten(1, (H, d))            # [E, H, d]
-    for h in range(H):
-        S, inverse = roots(W_Q[h, content] @ M @ W_Q[h, content].T)
-        W_K[h, content] = S @ W_K[h, content]
-        W_Q[h, content] = inverse @ W_Q[h, content]
-
-        pairs = mean_square(W_Q[h, turning], M).unflatten(0, (-1, 2))
-        size = pairs.mean(dim=1).clamp_min(1e-300).sqrt().repeat_interleave(2)[:, None]
-        W_K[h, turning] = W_K[h, turning] * size
-        W_Q[h, turning] = W_Q[h, turning] / size
-
-        S, inverse = roots(W_O[:, h].T @ W_O[:, h])
-        W_V[h] = S @ W_V[h]
-        W_O[:, h] = W_O[:, h] @ inverse
-
-
 def like_rho(down: nn.Linear, ups: tuple[nn.Linear, ...], W: Tensor, M: Tensor) -> None:
-    """(C3), in place: the latent c = down x becomes T c of the size of W x, as near as can be,
+    """(C2), in place: the latent c = down x becomes T c of the size of W x, as near as can be,
     and `ups`, which read the normed latent, go back to c."""
     D = down.weight
     size = D @ M @ D.T                                     # E[c c^T]

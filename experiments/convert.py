@@ -3,18 +3,20 @@
     python -m experiments.convert --dense A/model.pt B/model.pt C/model.pt
     python -m experiments.convert --dense PATH --steps 0        the cut alone
 
-The models are of `python train.py --attention dense`, one a seed. Each is converted with
-several shared keys, of which one shall be the default:
+The models are of `python train.py --attention dense`, one a seed; those of results/convert.json
+are small, for a CPU, by --steps 600 --batch 8 and --config frames=6, window=6, height=12,
+width=12, layers=3. Each is converted with several shared keys, of which one shall be the
+default:
 
     mean        the mean of the heads' rope keys
     factors     the nearest key up to one complex factor a head and pair (attention.py, E4)
     weighed     factors, with keys and values cut where scores and outputs lose least
-                (engine/convert.py, C2)
+                (`weigh`)
 
-at C = E, where nothing but the shared key and the norms are approximated, and at C = E / 8, the
-paper's proportion; by the weights alone and by the inputs of the layers (moments_of_weights,
-moments_on). After that all learn on by teacher forcing, with the same clips and noise, at C = E
-/ 8 by the inputs; so does a model whose attention starts at random.
+at C = E, where the rank of the content costs nothing, and at C = E / 8, the paper's proportion;
+by the weights alone and by the inputs of the layers (moments_of_weights, moments_on). After
+that all learn on by teacher forcing, with the same clips and noise, at C = E / 8 by the inputs;
+so does a model whose attention starts at random.
 
 The rule was written down before results/convert.json. Ratios are of the same seed, intervals
 those of verdicts.py (Student's, 95 %) for their logarithms.
@@ -22,6 +24,7 @@ those of verdicts.py (Student's, 95 %) for their logarithms.
        less (the interval of the ratio lies below 1), and its loss after learning on is not more
        (that interval does not lie above 1).
     2. "weighed" replaces "factors" by the same rule.
+It said: "factors" is the default, and "weighed" is not worth its lines.
 
 `error` is |v - v_dense| / |v_dense| of the velocities of held-out clips at training's noise
 levels. `place` is the share of frames of a last chunk, made from noise given its true past and
@@ -29,6 +32,7 @@ no caption, with the subject within a pixel of its true place.
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -47,7 +51,7 @@ if not __package__:                    # started by its path
 from attention import MLA, Dense, fastest_channels, low_rank
 from engine.checkpoint import load_model
 from engine.command_line import UserError, check_bounds, pick_device, provenance, run
-from engine.convert import convert, moments_of_weights, moments_on
+from engine.convert import convert, moments_of_weights, moments_on, roots
 from engine.progress import Progress
 from engine.trainer import fast_products
 from experiments.spectrum import QUICK, Pool, last_chunk, share
@@ -75,11 +79,47 @@ def by_the_mean(plain: Dense, C: int, Q: int, R: int) -> MLA:
     return mla
 
 
-KEYS = {
-    "mean": dict(weighed=False, make=by_the_mean),
-    "factors": dict(weighed=False),
-    "weighed": dict(weighed=True),
-}
+def by_who_asks(plain: Dense, C: int, Q: int, R: int) -> MLA:
+    """`MLA.from_dense` after `weigh`."""
+    plain = copy.deepcopy(plain)
+    weigh(plain, R)
+    return MLA.from_dense(plain, C, Q, R)
+
+
+def weigh(dense: Dense, R: int) -> None:
+    """In place, for a plain layer of white inputs: its outputs stay, and equal errors of its
+    keys and values become equal errors of scores and outputs.
+
+    An error e of a key costs q . e in a score, of mean square e^T E[q q^T] e, and an error e of
+    a value costs W_O e. So keys become S k and values T v, with S S = E[q q^T] and T T = W_O^T
+    W_O, head by head; queries become S^-1 q and W_O becomes W_O T^-1. A pair of channels that
+    turns may only be multiplied by a number: there S is the root mean square of the query's.
+    """
+    H = dense.heads
+    d = dense.W_Q.in_features // H
+    turning = fastest_channels(R, d)
+    content = [channel for channel in range(d) if channel not in turning]
+    # Views: what is written here, the layer has.
+    W_Q = dense.W_Q.weight.unflatten(0, (H, d))
+    W_K = dense.W_K.weight.unflatten(0, (H, d))
+    W_V = dense.W_V.weight.unflatten(0, (H, d))
+    W_O = dense.W_O.weight.unflatten(1, (H, d))            # [E, H, d]
+    for h in range(H):
+        S, inverse = roots(W_Q[h, content] @ W_Q[h, content].T)
+        W_K[h, content] = S @ W_K[h, content]
+        W_Q[h, content] = inverse @ W_Q[h, content]
+
+        pairs = W_Q[h, turning].square().sum(dim=1).unflatten(0, (-1, 2))
+        size = pairs.mean(dim=1).clamp_min(1e-300).sqrt().repeat_interleave(2)[:, None]
+        W_K[h, turning] = W_K[h, turning] * size
+        W_Q[h, turning] = W_Q[h, turning] / size
+
+        S, inverse = roots(W_O[:, h].T @ W_O[:, h])
+        W_V[h] = S @ W_V[h]
+        W_O[:, h] = W_O[:, h] @ inverse
+
+
+KEYS = {"mean": by_the_mean, "factors": MLA.from_dense, "weighed": by_who_asks}
 
 
 # ---- what is measured ------------------------------------------------------------------------
@@ -161,8 +201,8 @@ def measure(dense: VideoDiT, seed: int, steps: int, device) -> dict:
     dense = dense.cpu()
     for by, moments in inputs.items():
         for width, C in widths.items():
-            for key, how in KEYS.items():
-                mla = convert(dense, narrow(config, C), moments, **how)
+            for key, make in KEYS.items():
+                mla = convert(dense, narrow(config, C), moments, make=make)
                 found["cut"][f"{width}, {by}, {key}"], _ = measured(mla, held, true)
                 if width == "E/8" and by == "data":
                     starts[key] = mla
@@ -263,7 +303,7 @@ def sentences(out: dict) -> str:
     said = [f"{len(origins)} dense models (seeds {seeds}; {steps} steps; E = {c.dim}, {c.heads} "
             f"heads, {c.layers} layers, {c.frames} frames of {c.height} x {c.width} pixels). "
             f"After the cut {out['steps']} steps of {out['batch']} clips."]
-    words = {True: "replaces", False: "does not replace", None: "cannot be judged against"}
+    words = {True: "replaces", False: "does not replace", None: "is not judged against"}
     for verdict in out["verdicts"]:
         ratios = []
         for name, (middle, low, high) in verdict["intervals"].items():

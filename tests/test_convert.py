@@ -1,7 +1,7 @@
 """A dense model becomes MLA: where it is exact, that it loses least on its own inputs, and the
 command line of `train.py --from-dense`.
 
-(C1) to (C3) are in engine/convert.py; the shared key of (E4) is in test_full_rank.py.
+(C1) and (C2) are in engine/convert.py; the shared key of (E4) is in test_full_rank.py.
 """
 
 from dataclasses import replace
@@ -50,12 +50,13 @@ def content_of(code, R: int, d: int) -> list[int]:
 @forall(shape=SHAPES, H=st.integers(1, 3), weighed=st.booleans(), masked=st.booleans(),
         seed=seeds)
 def test_heads_that_agree_are_kept_whatever_the_inputs(code, shape, H, weighed, masked, seed):
-    """(C1) and (C2) are changes of coordinates: at full rank nothing is lost by them."""
+    """(C1) is a change of coordinates, and so is `weigh`: at full rank nothing is lost."""
     R, d = shape
     E = H * d
     dense, M = a_layer(code, R, d, H, seed, norm=False)
     scene = Scene(code, E, 1, 5, 7, masked, seed)
-    mla = code.convert.convert_layer(dense, M, E, E, R, norm=False, weighed=weighed)
+    make = experiment.KEYS["weighed" if weighed else "factors"]
+    mla = code.convert.convert_layer(dense, M, E, E, R, norm=False, make=make)
     for name in ("materialised", "absorbed"):
         assert_same(scene.run(mla, name), scene.run(dense), 1e-8,
                     f"a dense layer at full rank, inputs of any covariance, route {name}")
@@ -63,11 +64,11 @@ def test_heads_that_agree_are_kept_whatever_the_inputs(code, shape, H, weighed, 
 
 @forall(shape=SHAPES, H=st.integers(1, 3), seed=seeds)
 def test_the_norm_of_the_query_latent_is_the_dense_norm(code, shape, H, seed):
-    """(C3) at Q = E, for the content channels (those that turn have alpha folded in)."""
+    """(C2) at Q = E, for the content channels (those that turn have alpha folded in)."""
     R, d = shape
     E = H * d
     dense, M = a_layer(code, R, d, H, seed, norm=True)
-    mla = code.convert.convert_layer(dense, M, E, E, R, norm=True, weighed=False)
+    mla = code.convert.convert_layer(dense, M, E, E, R, norm=True)
     x = 3 * Dice(seed).normal(2, 5, E)
     content = content_of(code, R, d)
     q = dense.norm_q(dense.W_Q(x))
@@ -79,12 +80,12 @@ def test_the_norm_of_the_query_latent_is_the_dense_norm(code, shape, H, seed):
 
 @forall(shape=SHAPES, H=st.integers(1, 3), seed=seeds)
 def test_keys_and_values_keep_their_size_under_the_norm_of_the_latent(code, shape, H, seed):
-    """(C3): keys are divided by the dense layer's own norm at C = E; values, which dense
+    """(C2): keys are divided by the dense layer's own norm at C = E; values, which dense
     attention does not divide, keep their mean square roughly."""
     R, d = shape
     E = H * d
     dense, M = a_layer(code, R, d, H, seed, norm=True)
-    mla = code.convert.convert_layer(dense, M, E, E, R, norm=True, weighed=False)
+    mla = code.convert.convert_layer(dense, M, E, E, R, norm=True)
     S, _ = code.convert.roots(M)
     x = Dice(seed).normal(400, E) @ S
     content = content_of(code, R, d)
@@ -118,7 +119,7 @@ def test_no_map_of_this_rank_loses_less_on_these_inputs(code, shape, H, C, seed)
         made = torch.cat((made_K / sizes[0], made_V / sizes[1])) @ S
         return (made - whole).norm().item()
 
-    how = dict(C=C, Q=H * d, R=R, norm=False, weighed=False)
+    how = dict(C=C, Q=H * d, R=R, norm=False)
     mla = code.convert.convert_layer(dense, M, **how)
     assert abs(missed(mla) - np.linalg.norm(best)) < 1e-8
     assert missed(code.convert.convert_layer(dense, torch.eye(H * d).double(), **how)) \
