@@ -387,8 +387,12 @@ def rank() -> str:
 
 
 def conversion() -> str:
-    found = results("convert.json")
-    return f"{convert.table(found)}\n\n{convert.sentences(found)} {origin('convert.json')}"
+    """Small models that learn on after the cut, and toys by the GPU's recipe, cut alone."""
+    parts = []
+    for name in ("convert.json", "convert_toy.json"):
+        found = results(name)
+        parts += [convert.table(found), f"{convert.sentences(found)} {origin(name)}"]
+    return "\n\n".join(parts)
 
 
 # ---- runs that are exact, and do not end -----------------------------------------------------
