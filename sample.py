@@ -36,6 +36,7 @@ from engine.judging import PROMPTS, cache_line, report_survival
 from engine.locks import lock
 from engine.progress import Progress
 from engine.prompts import captions_at, complete, never_shown, read_prompts
+from engine.quantised import FORMATS, make_cache, why_not
 from engine.routes import ROUTES, route_name, why_not_fused
 from engine.starts import go_on_from, read_start
 from engine.streaming import FastStream
@@ -65,6 +66,7 @@ def play(args: argparse.Namespace) -> None:
         print("\n".join(about_lines(model, about)))
         return
     check_route(args.route, model)
+    check_cache(args.cache, device)
     how = sampling(args, about["stage"])
     if args.evaluate:
         judge(args, model, about, how)
@@ -102,7 +104,7 @@ def report(args: argparse.Namespace, model: VideoDiT, how: dict, schedule: dict[
           f"({videos} videos at once, {model.embed.weight.device.type}, {how['steps']} "
           f"{how['sampler'].__name__} steps a chunk, route "
           f"{route_name(model, videos, args.route)})")
-    print(cache_line(model, videos))
+    print(cache_line(model, videos, FORMATS[args.cache]))
 
 
 # ---- parse and check -------------------------------------------------------------------------
@@ -132,6 +134,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     flag("--guidance", type=float, default=1.0, help="classifier-free guidance weight; 1 is off")
     flag("--route", default="auto", choices=tuple(ROUTES),
          help="how attention is computed; the answer is the same")
+    flag("--cache", default="float32", choices=tuple(FORMATS), help="how the past is kept")
     flag("--out", default="out",
          help="a folder (for sample.gif) or a name that ends in .gif, .mp4 or .webm")
     flag("--pictures", action="store_true",
@@ -192,6 +195,13 @@ def check_route(route: str, model: VideoDiT) -> None:
         raise UserError(f"--route fused {reason}; use --route materialised")
 
 
+def check_cache(name: str, device: torch.device) -> None:
+    """UserError if rows cannot be kept in this format on this device."""
+    reason = why_not(FORMATS[name], device)
+    if reason is not None:
+        raise UserError(f"--cache {name}: {reason}; use --cache int8")
+
+
 def sampling(args: argparse.Namespace, stage: str) -> dict:
     """How a chunk is sampled: as the stage was trained for, unless flags say otherwise."""
     how = dict(SAMPLERS[stage])
@@ -247,10 +257,11 @@ def open_stream(args: argparse.Namespace, model: VideoDiT,
         begin = partial(FastStream, model, attend=attend, say=print_aside)
     else:
         begin = partial(Stream, model, attend=attend)
-    stream = begin(captions)
+    empty = partial(make_cache, model, len(captions), FORMATS[args.cache])
+    stream = begin(captions, cache=empty())
     if args.guidance == 1:
         return stream
-    plain = begin(torch.zeros_like(captions))
+    plain = begin(torch.zeros_like(captions), cache=empty())
     return GuidedStream(stream, plain, args.guidance)
 
 

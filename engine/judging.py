@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.progress import watched
+from engine.quantised import Format, make_cache
 from flow import Draws, GuidedStream, Stream, rollout
 from metrics import survival_report
 from mla_video import VideoDiT
@@ -58,18 +59,21 @@ def report_survival(model: VideoDiT, rollouts: int, frames: int, seed: int, *,
     return report
 
 
-def cache_line(model: VideoDiT, batch: int) -> str:
+def cache_line(model: VideoDiT, batch: int, format: Format | None = None) -> str:
     """Bytes of this model's cache, and of its dense twin's if it is not dense itself, both read
     from allocated buffers."""
-    cache = model.make_cache(batch)
+    cache = make_cache(model, batch, format)
     if not cache.nbytes:
         return "cache        0 bytes: a chunk fills the window, nothing of the past is kept"
     videos = "video" if batch == 1 else "videos"
-    line = f"cache        {cache.nbytes:,} bytes for {batch} {videos}, however long"
+    inside = f" in {format.name}" if format else ""
+    line = f"cache        {cache.nbytes:,} bytes{inside} for {batch} {videos}, however long"
     if model.config.attention == "dense":
         return line
+    dtype = model.embed.weight.dtype
     with torch.device("meta"):
         twin = VideoDiT(replace(model.config, attention="dense"))
-        dense = twin.make_cache(batch, cache.buffers[0].dtype)
+        dense = twin.make_cache(batch, dtype)
     less = 100 * (1 - cache.nbytes / dense.nbytes)
-    return f"{line}; dense attention keeps {dense.nbytes:,} ({less:.1f} % less)"
+    beside = f" in {str(dtype).removeprefix('torch.')}" if format else ""
+    return f"{line}; dense attention keeps {dense.nbytes:,}{beside} ({less:.1f} % less)"

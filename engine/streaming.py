@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attention import Route
 from cache import RollingCache, Rows, frames_at, read_positions
+from engine.quantised import QuantisedCache, QuantisedRows, format_of
 from engine.routes import attend_auto
 from flow import Stream, one_level
 from mla_video import Block, VideoDiT
@@ -34,7 +35,8 @@ class LayerRows:
     """What a chunk may look at in one layer: two tensors [B, T, width], always the same.
 
     They hold the kept rows first, then a stretch for those of the chunk being made. `peek`
-    writes that stretch and returns the tensors themselves: no window is ever copied.
+    writes that stretch and returns the tensors themselves: no window is ever copied. `keep`
+    copies from the stretch to the kept rows.
     """
 
     def __init__(self, buffers: Rows, kept: int):
@@ -46,6 +48,20 @@ class LayerRows:
         for buffer, new in zip(self.buffers, rows):
             buffer[:, self.kept:] = new
         return self.buffers
+
+    def keep(self, goal: Tensor, tokens: int) -> None:
+        """Copy the youngest frames of the chunk, `tokens` to a frame, to the frames `goal`, one
+        for each."""
+        for buffer in self.buffers:
+            frames = buffer.unflatten(1, (-1, tokens))                     # [B, end, P, width]
+            youngest = frames.shape[1] - len(goal)
+            kept = self.kept // tokens
+            frames[:, :kept].index_copy_(1, goal, frames[:, youngest:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, the provisional stretch included."""
+        return sum(buffer.nbytes for buffer in self.buffers)
 
 
 class FullWindow:
@@ -72,14 +88,10 @@ class FullWindow:
         self.filled = cache.capacity
         self.horizon = cache.horizon
         self.bytes_per_token = cache.bytes_per_token
+        self.format = format_of(cache)
         self.seen = torch.tensor(cache.seen, device=cache.buffers[0].device)
         # Each layer has tensors of its own: a graph that writes to views of one must copy.
-        kept = self.capacity * self.tokens
-        room = (0, 0, 0, self.chunk * self.tokens)         # behind the kept rows, for the chunk
-        self.layers = []
-        for layer in range(len(cache.buffers[0])):
-            buffers = tuple(F.pad(buffer[layer].detach(), room) for buffer in cache.buffers)
-            self.layers.append(LayerRows(buffers, kept))
+        self.layers = [layer_rows(cache, layer) for layer in range(len(cache.buffers[0]))]
 
     def frames(self) -> Tensor:
         """Which frame stands at each index: [capacity]."""
@@ -104,25 +116,31 @@ class FullWindow:
         ring: its youngest frames stay.
         """
         stay = min(self.chunk, self.ring)
-        end = self.capacity + self.chunk
         frame = self.seen + self.chunk - stay + torch.arange(stay, device=self.seen.device)
         goal = self.sink + (frame - self.sink) % max(self.ring, 1)
         for layer in self.layers:
-            for buffer in layer.buffers:
-                frames = buffer.unflatten(1, (end, self.tokens))           # [B, end, P, width]
-                frames[:, :self.capacity].index_copy_(1, goal, frames[:, end - stay:])
+            layer.keep(goal, self.tokens)
         self.seen += self.chunk
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, the provisional stretch included."""
-        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers)
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def layer_rows(cache: RollingCache, layer: int) -> LayerRows | QuantisedRows:
+    """What a full cache keeps of a layer, in tensors of its own."""
+    if isinstance(cache, QuantisedCache):
+        return QuantisedRows(cache, layer)
+    room = (0, 0, 0, cache.chunk * cache.tokens)           # behind the kept rows, for the chunk
+    buffers = tuple(F.pad(buffer[layer].detach(), room) for buffer in cache.buffers)
+    return LayerRows(buffers, cache.capacity * cache.tokens)
 
 
 # ---- passes over it --------------------------------------------------------------------------
 
 
-def one_block(block: Block, rows: LayerRows, x: Tensor, level: Tensor, words: Tensor,
+def one_block(block: Block, rows: LayerRows | QuantisedRows, x: Tensor, level: Tensor, words: Tensor,
               q_table: Table, k_table: Table, attend: Route) -> Tensor:
     """What is compiled: one block, over the rows of one layer.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cache import RollingCache
+from engine.quantised import format_of, make_cache
 from engine.streaming import FullWindow
 from flow import GuidedStream, Stream, VideoDraws, rollout
 
@@ -69,7 +70,7 @@ class Recache(Keep):
     def change(self, changed: Tensor) -> None:
         # The side without caption of guided videos has heard nothing of the change.
         side = sides(self.stream)[0]
-        fresh = Stream(side.model, self.captions[changed], attend=side.attend)
+        fresh = another(side, self.captions[changed])
         for chunk in [*self.first, *self.latest]:
             fresh.commit(chunk[changed.to(chunk.device)])
         implant(side.cache, fresh.cache, changed)
@@ -84,7 +85,7 @@ class Cut(Recache):
         begun = []
         for side in sides(self.stream):
             captions = side.caption.cpu()[changed]
-            begun.append(Stream(side.model, captions, attend=side.attend))
+            begun.append(another(side, captions))
         unseen = begun[0]
         if isinstance(self.stream, GuidedStream):
             unseen = GuidedStream(*begun, self.stream.weight)
@@ -109,6 +110,12 @@ def sides(stream: Stream | GuidedStream) -> list[Stream]:
     return [stream]
 
 
+def another(side: Stream, captions: Tensor) -> Stream:
+    """Other videos of the same model, their cache of the same kind."""
+    cache = make_cache(side.model, len(captions), format_of(side.cache))
+    return Stream(side.model, captions, cache, side.attend)
+
+
 def implant(cache: RollingCache | FullWindow, fresh: RollingCache, videos: Tensor) -> None:
     """Put what `fresh` keeps, a cache of these `videos` alone, in their place in `cache`.
 
@@ -130,7 +137,7 @@ def implant(cache: RollingCache | FullWindow, fresh: RollingCache, videos: Tenso
             kept[videos] = new[:, source]
 
 
-def rows_by_layer(cache: RollingCache | FullWindow) -> list[tuple[Tensor, Tensor]]:
+def rows_by_layer(cache: RollingCache | FullWindow) -> list[tuple[Tensor, ...]]:
     """The buffers [B, tokens, width] of each layer, as views."""
     if isinstance(cache, FullWindow):
         return [layer.buffers for layer in cache.layers]

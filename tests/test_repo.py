@@ -45,12 +45,12 @@ MODEL = ["rope3d", "cache", "attention", "mla_video"]
 LEARNING = ["flow", "objectives"]
 WORLDS = ["toy_data", "metrics"]
 ENGINE = ["engine", *(f"engine.{stem}" for stem in (
-    "command_line", "locks", "progress", "routes", "streaming", "switching", "parallel", "muon",
+    "command_line", "locks", "progress", "quantised", "routes", "streaming", "switching", "parallel", "muon",
     "loader", "checkpoint", "video_files", "terminal", "prompts", "judging", "about", "layouts",
     "pixel_values", "framing", "clip_files", "clips", "starts", "trainer", "run_files"))]
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
-    "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum", "quality", "pictures", "captions",
+    "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum", "quality", "eight_bits", "pictures", "captions",
     "starts", "switches", "tables")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
