@@ -1,228 +1,210 @@
-"""Exercise 4: an int8 latent cache.
+"""Exercise 4: how many bits a key needs.
 
-Latents made the cache 13.7 times smaller; eight bits instead of sixteen nearly halve it once
-more. Latents are easy to quantise: content is normed, so of even size, and nothing is rotated
-in the cache, so a row is written once and never again. The discipline is what can go wrong.
-Quantise on commit and only there: a row that is dequantised and quantised again at every step
-may drift. Keep the chunk being made exact: its rows are provisional. Count the scales: a cache
-is as large as all its buffers.
+`sample.py --cache int8` keeps a byte for each number of a key and hopes for the best
+(engine/quantised.py). Attention is a softmax, which is forgiving where scores are small and
+merciless where they are large, so hope is not enough: how far can rounding a key move the
+attention that it gets? You answer for whole numbers of any number of bits. A row is stored as
+multiples of its step, max|row| / (2^(bits - 1) - 1), which is max|row| / 127 for int8. So every
+number of it errs by half a step at most, and that is all that is known.
 
-You write symmetric quantisation with one scale per token and part (content, position), and the
-two verbs of the cache.
+Three of your answers are promises: nothing may exceed them, and something must reach them, or
+bits are wasted. One is what to expect: the errors of many numbers mostly cancel. The key that
+carries position is the odd one: it is rounded first and turned later, by an angle that is not
+known when it is stored. Its error is turned, too.
 
-Read first: cache.py, `peek` and `commit` (both loop over however many buffers there are, and
-take whatever dtype a buffer has), and `bytes_per_token`.
-Hint: to the parent class an int8 row and its scale are just two more things to store: call
-super().commit with four tensors a layer. One number more: rounding to the nearest of steps of
-size s errs by at most s / 2, and s = max|row| / 127. What does a row of zeros do?
+Read first: cache.py, its header ("What is stored has no place in time"); equations (6) and (7)
+in attention.py; `rotate` in rope3d.py.
+Hint: a score is a sum of products. Each product is largest when its error is, and has the sign
+of its query. A turn acts on pairs of channels and keeps their length; which length has the
+longest error of a pair? What is uniform between -1/2 and 1/2 has a variance of 1/12. For the
+softmax think of two keys, of scores -z and z: after both have changed by delta for the worst,
+how far has p moved? Then find the z for which that is most. Many keys are no worse than two.
 
-    python -m pytest exercises/ex4_int8.py          today: three lines, "exercise 4: ..."
+    python -m pytest exercises/ex4_int8.py          today: five lines, "exercise 4: ..."
 """
+
+import itertools
+import math
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cache import RollingCache, Rows
-from lab import Dice, configs, enliven, error, forall, seeds
-from mla_video import PRESETS, Config, VideoDiT
+from lab import Dice, forall, seeds
+from rope3d import rotate
 
 # ---- yours to write -------------------------------------------------------------------------
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 values [..., width] and a float32 scale [..., 1] for rows x [..., width].
+def score_error(q: Tensor, step: Tensor) -> Tensor:
+    """The most by which rounding can change each score q . k: [L, T].
 
-    x is nearly values * scale. Symmetric: zero stays zero and the largest magnitude of a row
-    becomes 127. A row of zeros has a scale of 1, by which one may divide.
+    q [L, C] are queries, the scale of scores included; step [T] is that of each key. The key
+    itself need not be known.
     """
-    raise NotImplementedError("exercise 4: `quantise`, a row in int8 and its scale")
+    raise NotImplementedError("exercise 4: `score_error`, the most that rounding does to a score")
 
 
-def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows that `quantise` stands for, in `dtype`."""
-    raise NotImplementedError("exercise 4: `dequantise`, rows from int8 and scale")
+def turned_score_error(q: Tensor, step: Tensor) -> Tensor:
+    """The same for q . rot k, k being turned after it was rounded, each pair of channels (2 i,
+    2 i + 1) by some angle of its own: [L, T], whatever the angles.
 
-
-class Int8Cache(RollingCache):
-    """A `RollingCache` whose committed rows are int8.
-
-    Buffers: content, position (int8), content's scale, position's scale (float32). `dtype` is
-    there for the parent's signature and decides nothing.
+    q [L, R], step [T].
     """
+    raise NotImplementedError(
+        "exercise 4: `turned_score_error`, the same for a key that is turned after rounding")
 
-    def __init__(self, layers: int, batch: int, widths: tuple[int, int], *, device=None,
-                 dtype=torch.float32, **sizes):
-        super().__init__(layers, batch, widths, device=device, dtype=torch.int8, **sizes)
-        scales = [torch.empty(*values.shape[:3], 1, device=device) for values in self.buffers]
-        self.buffers += tuple(scales)
 
-    def peek(self, layer: int, rows: Rows) -> Rows:
-        """As the parent's: committed rows, then the chunk's own. Changes nothing.
+def expected_error(q: Tensor, step: Tensor) -> Tensor:
+    """The standard deviation of each score's error, [L, T], if errors of numbers are
+    independent and uniform within half a step. Arguments as above; turned or not is the
+    same."""
+    raise NotImplementedError(
+        "exercise 4: `expected_error`, what rounding does to a score on average")
 
-        Committed rows are dequantised to the dtype of `rows`; the chunk's own stay exact.
-        """
-        raise NotImplementedError(
-            "exercise 4: `Int8Cache.peek`, dequantise what was committed and nothing else")
 
-    def commit(self, rows: list[Rows], detach: bool = True) -> None:
-        """As the parent's: quantise the rows of all layers once, store values and scales."""
-        raise NotImplementedError(
-            "exercise 4: `Int8Cache.commit`, quantise once and store values and scales")
+def moved(delta: float) -> float:
+    """The largest share of attention that can go over from some keys to others, half the sum of
+    |p' - p|, if no score changes by more than `delta`; whatever the scores."""
+    raise NotImplementedError(
+        "exercise 4: `moved`, how much attention a change of the scores can move")
+
+
+def bits_needed(q: Tensor, k: Tensor, share: float) -> int:
+    """The fewest bits, 2 or more, with which no query q [L, C] can have more than a `share` of
+    its attention moved by rounding the keys k [T, C] (not turned)."""
+    raise NotImplementedError(
+        "exercise 4: `bits_needed`, the fewest bits that keep attention where it is")
 
 
 # ---- the tests ------------------------------------------------------------------------------
 
-
-def within(got: Tensor, want: Tensor, message: str) -> None:
-    """Every number within half a step of its row, max|row| / 254, and the scale's rounding."""
-    assert got.shape == want.shape, \
-        f"{message}: shape {list(got.shape)}, expected {list(want.shape)}"
-    half_step = want.abs().amax(dim=-1, keepdim=True) / 254
-    wrong = (got - want).abs() / half_step
-    assert (wrong <= 1 + 1e-4).all(), (
-        f"{message}: off by {wrong.max():.2f} half steps, must be 1 at most. Truncated instead "
-        "of rounded? scale not per token?")
+SIZES = dict(L=st.integers(1, 3), T=st.integers(1, 4), seed=seeds)
 
 
-@forall(shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9)), seed=seeds)
-def test_rounding_errs_by_half_a_step_at_most(shape, seed):
+def queries_and_steps(L: int, T: int, C: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Queries of any size, keys of steps of any size."""
     dice = Dice(seed)
-    x = dice.normal(*shape)
-    x = x * torch.exp(3 * dice.normal(*shape[:2], 1))      # rows of very different size
-    values, scale = quantise(x)
-    found = f"{values.dtype} {list(values.shape)}, {scale.dtype} {list(scale.shape)}"
-    want = f"torch.int8 {list(shape)}, torch.float32 {[*shape[:2], 1]}"
-    assert found == want, f"values int8, one float32 scale a row: {want}, not {found}"
-    largest = values.int().abs().amax(dim=-1)
-    assert (largest == 127).all(), (
-        f"the largest magnitude of each row must become 127, not {largest.tolist()}: bits "
-        "wasted, or overflow")
-    within(dequantise(values, scale, x.dtype), x, "a row came back wrong")
+    q = dice.normal(L, C) * torch.exp(dice.normal(L, 1))
+    return q, torch.exp(2 * dice.normal(T))
 
 
-def test_zeros_stay_zeros():
-    x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
-    values, scale = quantise(x)
-    assert scale[0] == 1, (
-        f"a row of zeros has scale {scale[0].item()}: 0 / 0 is NaN, and what NaN is in int8 no "
-        "one has defined")
-    back = dequantise(values, scale, torch.float64)
-    assert back.dtype == torch.float64, \
-        f"dequantise was asked for float64 and gave {back.dtype}"
-    assert torch.allclose(back, x.double(), rtol=1e-6, atol=0), \
-        f"{x.tolist()} came back as {back.tolist()}"
+def corners(C: int) -> Tensor:
+    """All errors of C numbers in which each is half a step off: [2^C, C]."""
+    return torch.tensor(list(itertools.product((-0.5, 0.5), repeat=C))).double()
 
 
-LAYERS = 2
-WIDTHS = 4, 3
+def assert_promise(got: Tensor, worst: Tensor, slack: float, what: str) -> None:
+    """`got` may not be exceeded, and must be reached up to `slack`."""
+    assert got.shape == worst.shape, \
+        f"{what}: one number for each query and key, {[*worst.shape]}, not {[*got.shape]}"
+    share = worst / got
+    assert (share <= 1 + 1e-9).all(), \
+        f"{what}: there is an error {share.max():.3f} times as large as you promise"
+    assert (share >= 1 - slack).all(), (
+        f"{what}: no error is larger than {share.min():.3f} of what you promise. Who promises "
+        "more than can happen pays for bits")
 
 
-class Watch:
-    """Streams the same rows through an exact cache and yours, and compares what is read."""
-
-    def __init__(self, dice: Dice, **sizes):
-        self.dice = dice
-        self.exact = RollingCache(LAYERS, 1, WIDTHS, dtype=torch.float64, **sizes)
-        self.small = Int8Cache(LAYERS, 1, WIDTHS, dtype=torch.float64, **sizes)
-        self.first_read = {}                               # by layer, part and frame
-
-    def chunk(self) -> None:
-        """One more chunk: both caches are read in every layer, then written."""
-        tokens = self.exact.chunk * self.exact.tokens
-        rows = []
-        for _ in range(LAYERS):
-            rows.append(tuple(self.dice.normal(1, tokens, width) for width in WIDTHS))
-        for layer in range(LAYERS):
-            self.read(layer, rows[layer])
-        self.exact.commit(rows)
-        self.small.commit(rows)
-
-    def read(self, layer: int, rows: Rows) -> None:
-        past = self.exact.filled * self.exact.tokens
-        before = [buffer[:, :, :past].clone() for buffer in self.small.buffers]
-        got = self.small.peek(layer, rows)
-        after = [buffer[:, :, :past] for buffer in self.small.buffers]
-        assert all(map(torch.equal, before, after)), "peek changed the cache"
-        want = self.exact.peek(layer, rows)
-        for i, part in enumerate(("content", "position")):
-            assert got[i].dtype == want[i].dtype, \
-                f"rows come back in the dtype of the chunk, {want[i].dtype}, not {got[i].dtype}"
-            within(got[i][:, :past], want[i][:, :past], f"committed {part} rows")
-            assert torch.equal(got[i][:, past:], want[i][:, past:]), \
-                "rows of the chunk being made are not committed: they stay exact"
-            self.same_as_at_first((layer, part), got[i][:, :past])
-
-    def same_as_at_first(self, place: tuple, rows: Tensor) -> None:
-        """A frame reads the same for as long as it is in the cache."""
-        frames = self.exact.frames().tolist()
-        for frame, row in zip(frames, rows.split(self.exact.tokens, dim=1)):
-            first = self.first_read.setdefault((*place, frame), row)
-            assert torch.equal(row, first), \
-                f"frame {frame} reads otherwise than at first: quantised twice?"
+@forall(C=st.integers(1, 7), **SIZES)
+def test_no_rounding_changes_a_score_by_more_and_one_by_as_much(L, T, C, seed):
+    q, step = queries_and_steps(L, T, C, seed)
+    got = score_error(q, step)
+    worst = (q @ corners(C).T).abs().amax(dim=1)                               # [L]
+    assert_promise(got, worst[:, None] * step, 1e-9, "score_error")
 
 
-SIZES = dict(
-    chunk=st.integers(1, 3),
-    sink=st.integers(0, 2),
-    ring=st.integers(0, 4),
-    P=st.integers(1, 2),
-    chunks=st.integers(1, 5),
-)
+@forall(pairs=st.integers(1, 4), **SIZES)
+def test_the_worst_turn_is_counted_and_nothing_worse(L, T, pairs, seed):
+    """Every pair finds its worst corner and, of 720, its worst angle."""
+    q, step = queries_and_steps(L, T, 2 * pairs, seed)
+    got = turned_score_error(q, step)
+    angle = torch.arange(720).double()[:, None] * math.tau / 720               # [720, 1]
+    table = angle.cos(), angle.sin()
+    worst = 0
+    for pair in q.unflatten(-1, (pairs, 2)).unbind(1):                         # [L, 2]
+        errors = corners(2)[:, None].expand(-1, 720, -1)                       # [4, 720, 2]
+        turned = rotate(errors, table)
+        worst = worst + (turned.flatten(0, 1) @ pair.T).amax(dim=0)            # [L]
+    assert_promise(got, worst[:, None] * step, 1e-4, "turned_score_error")
+    still = score_error(q, step)
+    assert (got >= still * (1 - 1e-9)).all(), "no turn at all is one of the turns"
 
 
-@forall(seed=seeds, **SIZES)
-def test_it_keeps_what_was_committed_and_the_chunk_exactly(seed, chunk, sink, ring, P, chunks):
-    window = sink + ring + chunk
-    watch = Watch(Dice(seed), tokens=P, chunk=chunk, window=window, sink=sink, horizon=20)
-    for _ in range(chunks):
-        watch.chunk()
-    assert torch.equal(watch.small.frames(), watch.exact.frames()), \
-        "the same frames must be kept"
-    stored = [buffer.dtype for buffer in watch.small.buffers]
-    assert stored == [torch.int8, torch.int8, torch.float32, torch.float32], \
-        "what is stored is int8 and its scales"
+@forall(pairs=st.integers(1, 16), seed=seeds)
+def test_errors_of_many_numbers_mostly_cancel(pairs, seed):
+    q, step = queries_and_steps(2, 2, 2 * pairs, seed)
+    got = expected_error(q, step)
+    dice = Dice(seed + 1)
+    tries = 20_000
+    errors = (dice.uniform(tries, 2, 2 * pairs) - 0.5) * step[:, None]         # [tries, T, R]
+    angle = 10 * dice.uniform(2, pairs)
+    for name, error in {"as it is": errors, "turned": rotate(errors, angle_table(angle))}.items():
+        seen = torch.einsum("l r, n t r -> n l t", q, error).std(dim=0)        # [L, T]
+        assert got.shape == seen.shape, f"one number for each query and key, not {[*got.shape]}"
+        off = (seen / got - 1).abs().max()
+        assert off < 0.05, (
+            f"of {tries} roundings ({name}) the scores spread {(seen / got).flatten().tolist()} "
+            "times as far as you expect. Variances add, not errors")
 
 
-@forall(sizes=configs(layers=2, attention=("mla",)), seed=seeds)
-def test_the_model_hardly_notices(sizes, seed):
-    """v of a chunk after two committed ones, random weights.
+def angle_table(angle: Tensor) -> tuple[Tensor, Tensor]:
+    return angle.cos(), angle.sin()
 
-    It is off by rounding, not by much, and not by nothing.
-    """
-    c = Config(**sizes)
-    model = enliven(VideoDiT(c).double(), seed)
-    exact = model.make_cache(1)
-    small = Int8Cache(c.layers, 1, (c.latent, c.rope), tokens=c.tokens, chunk=c.chunk,
-                      window=c.window, sink=c.sink, horizon=c.frames, dtype=torch.float64)
+
+def gone_over(before: Tensor, after: Tensor) -> Tensor:
+    """The share of attention [...] that is with other keys, for scores [..., T]."""
+    return (after.softmax(-1) - before.softmax(-1)).abs().sum(-1) / 2
+
+
+@forall(T=st.integers(1, 9), delta=st.floats(0, 8), seed=seeds)
+def test_no_softmax_moves_further(T, delta, seed):
     dice = Dice(seed)
-    chunks = dice.normal(3, 1, c.chunk, c.channels, c.height, c.width)
-    caption = dice.below(5, 1, c.slots)
-    sigma = torch.full((1, c.chunk), 0.5).double()
-    with torch.no_grad():
-        for clean in chunks[:2]:
-            model.commit(clean, caption, exact)
-            model.commit(clean, caption, small)
-        want = model.denoise(chunks[2], sigma, caption, exact)
-        got = model.denoise(chunks[2], sigma, caption, small)
-    wrong = error(got, want)
-    assert wrong < 0.05, (
-        f"v is off by {wrong:.1%}; eight bits cost well under 5 % here. Is every row "
-        "dequantised with its own scale?")
-    assert wrong > 0 or exact.filled == 0, "v is exactly the same: nothing was quantised"
+    scores = 3 * dice.normal(500, T)
+    change = delta * (2 * dice.uniform(500, T) - 1)
+    change[::2] = delta * change[::2].sign()                       # the worst are at the ends
+    most = gone_over(scores, scores + change).max().item()
+    assert most <= moved(delta) + 1e-12, (
+        f"scores of {T} keys that change by {delta:.3f} at most moved {most:.4f} of the "
+        f"attention; you say {moved(delta):.4f} at most")
 
 
-def test_bytes():
-    """The paper's widths, from the buffers that exist.
+@forall(delta=st.floats(1e-3, 8))
+def test_two_keys_move_as_far(delta):
+    z = torch.linspace(-10, 10, 20_001).double()
+    scores = torch.stack((-z, z), dim=-1)                                      # [z, 2]
+    change = torch.tensor([delta, -delta], dtype=torch.float64)
+    most = gone_over(scores, scores + change).max().item()
+    got = moved(delta)
+    assert most <= got + 1e-12, f"two keys moved {most:.6f} at {delta:.3f}, you say {got:.6f}"
+    assert most >= got * (1 - 1e-4), (
+        f"at delta {delta:.3f} two keys move {most:.6f} of their attention at most; you say "
+        f"{got:.6f}, which nothing reaches")
 
-    224 bytes and two scales of 4, against 448 in bfloat16.
-    """
-    c = PRESETS["wan1.3b"]
-    widths = c.latent, c.rope
-    cache = Int8Cache(1, 1, widths, tokens=2, chunk=1, window=3, sink=1, horizon=3)
-    cache.commit([tuple(torch.ones(1, 2, width) for width in widths)])
-    assert cache.bytes_per_token == 232, \
-        f"{cache.bytes_per_token} bytes a token and layer, should be 192 + 32 + 2 * 4"
-    assert cache.nbytes == 928, (
-        f"two frames of two tokens are 928 bytes, the buffers have {cache.nbytes}: what else "
-        "is kept?")
+
+def steps_of(k: Tensor, bits: int) -> Tensor:
+    """[T]"""
+    return k.abs().amax(dim=-1) / (2**(bits - 1) - 1)
+
+
+@forall(L=st.integers(1, 3), T=st.integers(2, 5), C=st.integers(1, 32), seed=seeds,
+        share=st.floats(1e-4, 0.5))
+def test_so_many_bits_are_needed_and_no_more(L, T, C, seed, share):
+    dice = Dice(seed)
+    q = dice.normal(L, C) * C**-0.5                                # scores of about 1
+    k = dice.normal(T, C)
+    bits = bits_needed(q, k, share)
+
+    def promised(bits: int) -> float:
+        return moved(score_error(q, steps_of(k, bits)).max().item())
+
+    assert promised(bits) <= share, (
+        f"with {bits} bits {promised(bits):.2e} of the attention can move, by your own count, "
+        f"and {share:.2e} may")
+    assert bits == 2 or promised(bits - 1) > share, (
+        f"{bits - 1} bits are enough, by your own count: {promised(bits - 1):.2e} can move, "
+        f"and {share:.2e} may")
+    step = steps_of(k, bits)[:, None]
+    rounded = (k / step).round() * step
+    most = gone_over(q @ k.T, q @ rounded.T).max().item()
+    assert most <= share, f"{bits} bits moved {most:.2e}, and {share:.2e} may"
