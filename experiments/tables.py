@@ -20,6 +20,7 @@ from statistics import mean
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiments import eight_bits as cache_bits
 from experiments import verdicts
 from mla_video import PRESETS
 
@@ -642,11 +643,18 @@ def claims() -> str:
     ])
 
 
+def eight_bits() -> str:
+    found = results("eight_bits.json")
+    said = cache_bits.conditions(found)
+    judged = cache_bits.verdict(found, results("quality.json"))
+    return f"{markdown(*cache_bits.table(found))}\n\n{said} {judged} {origin('eight_bits.json')}"
+
+
 # ---- both files ------------------------------------------------------------------------------
 
 FILES = {
     "README.md": (training, four, claims),
-    "RESULTS.md": (memory, minute, captions, switches, starts, stages, attention, model, rank,
+    "RESULTS.md": (memory, minute, eight_bits, captions, switches, starts, stages, attention, model, rank,
                    exact),
 }
 TABLES = {table.__name__: table for tables in FILES.values() for table in tables}

@@ -21,6 +21,7 @@ import test_full_rank as full_rank
 import test_objectives as objectives
 import test_parallel as parallel
 import test_prompts as prompts
+import test_quantised as quantised
 import test_rope as rope
 import test_routes as routes
 import test_streaming as streaming
@@ -802,6 +803,36 @@ ENTRIES = (
      "torch.addmm(G, G, G, beta=b, alpha=c)",
      "torch.addmm(G, G, G, beta=b, alpha=0)",
      parallel.test_muons_iteration_is_its_polynomial_and_no_rounding_grows_in_it),
+    # ---- eight bits ----
+    ("the scale is one step too fine", "engine.quantised:Format.quantise",
+     "largest.float() / self.top",
+     "largest.float() / (self.top + 1)",
+     quantised.test_a_number_comes_back_within_half_a_step),
+    ("the scale is of the average, not of the largest", "engine.quantised:Format.quantise",
+     "parts.abs().amax(dim=-1, keepdim=True)",
+     "parts.abs().mean(dim=-1, keepdim=True)",
+     quantised.test_a_number_comes_back_within_half_a_step),
+    ("bytes are cut off, not rounded", "engine.quantised:Format.quantise",
+     "values.round()",
+     "values",
+     quantised.test_a_number_comes_back_within_half_a_step),
+    ("all parts of a row are read by the first one's scale",
+     "engine.quantised:Format.dequantise",
+     "scale[..., None]",
+     "scale[..., :1, None]",
+     quantised.test_a_number_comes_back_within_half_a_step),
+    ("the positional key is read by the content's scale", "engine.quantised:visible",
+     "kept[2:]",
+     "kept[2:3] * 2",
+     quantised.test_it_is_the_rolling_cache_of_rounded_rows),
+    ("the chunk being made is rounded, too", "engine.quantised:visible",
+     "torch.cat((past, own), dim=1)",
+     "torch.cat((past, own.bfloat16().to(own.dtype)), dim=1)",
+     quantised.test_it_is_the_rolling_cache_of_rounded_rows),
+    ("a stream in int8 takes the scales for fp8's", "engine.quantised:Format.dequantise",
+     "parts * scale[..., None]",
+     "parts * scale[..., None] * 127 / 448",
+     quantised.test_a_stream_in_eight_bits_is_one_in_floats_within_rounding),
 )
 
 MUTANTS = [Mutant(*entry) for entry in ENTRIES]

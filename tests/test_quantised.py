@@ -9,6 +9,7 @@ distance of one in floats; bytes are those of the buffers, scales included; the 
 engine/streaming.py, compiled, makes the same video; a new caption finds a cache of its kind.
 """
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from engine.judging import cache_line  # noqa: E402
 from engine.quantised import FP8, INT8, FORMATS, make_cache, why_not  # noqa: E402
 from engine.streaming import FastStream, FullWindow  # noqa: E402
 from engine.switching import SWITCHES  # noqa: E402
+from experiments import eight_bits, tables  # noqa: E402
 from flow import Draws, GuidedStream, Stream, rollout  # noqa: E402
 from lab import Dice, a_clip, a_model, configs, error, forall, seeds  # noqa: E402
 from mla_video import PRESETS, VideoDiT  # noqa: E402
@@ -318,3 +320,52 @@ def test_fp8_is_refused_where_there_is_none(capsys, monkeypatch, model_file):  #
     fails_in_one_line(capsys, sample.main, [f"--checkpoint={model_file}", "--cache=fp8"],
                       "--cache fp8: this device has none", "use --cache int8")
     fails_in_one_line(capsys, sample.main, ["--cache=int2"], "int2", "float32", "int8", "fp8")
+
+
+# ---- the experiment --------------------------------------------------------------------------
+
+def found_with(moved: float, seeds: int) -> dict:
+    """Results in which float32's metrics are 0.5 and 0.6 by seed, int8's `moved` from there."""
+    runs = {}
+    for name, by in {"float32": 0.0, "int8": moved}.items():
+        judged = []
+        for seed in range(seeds):
+            values = dict.fromkeys(eight_bits.METRICS, 0.5 + 0.1 * seed + by)
+            judged.append(values | {"apart": by})
+        runs[name] = {"bytes": {"model": 32, "paper": 232}, "runs": judged}
+    model = {"stage": "dmd", "steps": 1, "seed": 0, "formats": runs}
+    return {"videos": 8, "frames": 960, "models": {"mla": model}}
+
+
+@pytest.mark.parametrize("moved, seeds, said", [
+    (0.09, 2, "every metric moves by less than the spread of float32's seeds of sampling"),
+    (0.11, 2, "9 of 9 metrics move by more than the spread of float32's seeds of sampling"),
+    (-0.11, 2, "9 of 9 metrics move by more than the spread of float32's seeds of sampling"),
+    (0.0, 1, "every metric moves by less than the spread of float32's seeds of training"),
+])
+def test_the_verdict_is_on_the_spread_of_seeds(moved, seeds, said):
+    quality = tables.results("quality.json")
+    found = found_with(moved, seeds)
+    verdict = eight_bits.verdict(found, quality)
+    assert f"MLA, int8: {said}" in verdict
+    assert ("seeds of sampling" in verdict) == (seeds == 2), "one seed has no spread"
+    head, rows = eight_bits.table(found)
+    assert len(rows) == 2 and all(len(row) == len(head) for row in rows)
+    assert rows[1][:3] == ["MLA, `dmd`, int8", "232", "32"]
+    found["frames"] = 120
+    assert "seeds of training" not in eight_bits.verdict(found, quality), \
+        "the spread over training seeds is that of a minute"
+
+
+@pytest.mark.rest
+def test_the_experiment_runs(tmp_path):
+    path = tmp_path / "found.json"
+    eight_bits.main([f"--checkpoint={ROOT / 'checkpoints/toy.pt'}", "--videos=2", "--seeds=1",
+                     "--frames=120", "--formats", "float32", "int8", "--device=cpu",
+                     f"--json={path}"])
+    found = json.loads(path.read_text())
+    formats = found["models"]["mla"]["formats"]
+    apart = {name: row["runs"][0]["apart"] for name, row in formats.items()}
+    assert apart["float32"] == 0 < apart["int8"] < 0.1, "the same noise, and nearly the same video"
+    assert formats["int8"]["bytes"] == {"model": 32, "paper": 232}
+    assert found["frames"] == 120 and "commit" in found
