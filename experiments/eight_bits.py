@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     flag = parser.add_argument
     flag("--checkpoint", default="checkpoints/toy.pt", help="an MLA model of the shapes world")
     flag("--dense", metavar="PATH", help="a dense model to judge beside it")
-    flag("--formats", nargs="+", default=list(FORMATS), choices=tuple(FORMATS))
+    flag("--formats", nargs="+", default=list(FORMATS), choices=tuple(FORMATS),
+         help="beside float32")
     flag("--videos", type=int, default=64, help="of each seed")
     flag("--seeds", type=int, default=3, help="seeds of sampling")
     flag("--frames", type=int, default=960)
@@ -116,9 +117,9 @@ def measure(args: argparse.Namespace) -> None:
     for name, path in paths.items():
         model, about = load_model(path)
         model.to(device)
-        entry = {"stage": about["stage"], "steps": about["steps"], "seed": about["seed"],
+        entry = {"stage": about["stage"], "steps": about.get("steps"), "seed": about.get("seed"),
                  "formats": {}}
-        for format in args.formats:
+        for format in dict.fromkeys(["float32", *args.formats]):           # each once
             cost = bytes_of(model, FORMATS[format])
             entry["formats"][format] = {"bytes": cost, "runs": []}
         found["models"][name] = entry
@@ -148,7 +149,6 @@ def judge_seed(args: argparse.Namespace, model: VideoDiT, name: str, seed: int,
     how = SAMPLERS[entry["stage"]]
     world = make_world("shapes", frames=STRETCH, seed=10_000 + seed)
     truth, captions = world.batch(range(args.videos))
-    exact = None
     for format, row in entry["formats"].items():
         said = f"{name} {format}, seed {seed}, frames"
         first, last = first_and_last(model, captions, FORMATS[format], args.frames, seed, how,
@@ -156,8 +156,8 @@ def judge_seed(args: argparse.Namespace, model: VideoDiT, name: str, seed: int,
         if format == "float32":
             exact = first
         judged = judge_end(last, captions, truth, model.embed.weight.device)
-        if exact is not None:
-            judged["apart"] = round((first - exact).abs().mean().item(), 5)
+        apart = (first - exact).abs().mean()
+        judged["apart"] = round(apart.item(), 5)
         row["runs"].append(judged)
         args.json.write_text(json.dumps(found, indent=1))
         shown = ", ".join(f"{metric} {value:.3f}" for metric, value in judged.items())
