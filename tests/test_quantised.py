@@ -203,7 +203,7 @@ def test_a_stream_in_eight_bits_is_one_in_floats_within_rounding(
 # ---- the full window -------------------------------------------------------------------------
 
 @names
-@pytest.mark.parametrize("window, sink", [(9, 1), (4, 1), (6, 0), (3, 0)])
+@pytest.mark.parametrize("window, sink", [(9, 1), (5, 1), (4, 1), (6, 0), (3, 0)])
 def test_the_full_window_keeps_the_same_bytes(name, window, sink):
     """For rings shorter and longer than a chunk, and none at all."""
     model = lively_model("dense")
@@ -303,6 +303,15 @@ def test_sample_takes_the_flag(capsys, tmp_path, model_file, name, more):  # noq
     kept = videos * 9 * 16 * (8 + 6 + 2 * 4)
     assert f"{kept:,} bytes in {name} for {videos} video" in said
     assert (tmp_path / "sample.gif").is_file()
+
+
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_both_sides_of_guidance_keep_what_was_asked_for(compiled):
+    model = VideoDiT(TINY)
+    args = sample.read_flags(["--cache=int8", "--guidance=2", compiled])
+    stream = sample.open_stream(args, model, NONE)
+    assert stream.captioned.cache.format == stream.plain.cache.format == INT8
+    assert stream.captioned.cache.nbytes == make_cache(model, 2, INT8).nbytes
 
 
 def test_the_line_on_the_cache_counts_real_buffers():
