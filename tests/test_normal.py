@@ -17,7 +17,7 @@ from engine.checkpoint import read_checkpoint
 from engine.clip_files import rates_of
 from engine.clips import open_world
 from engine.video_files import GifWriter
-from experiments import flicker
+from experiments import flicker, tables
 from experiments import normal as curves
 from flow import SAMPLERS
 from mla_video import PRESETS
@@ -43,6 +43,9 @@ def test_nineteen_good_runs_of_twenty_are_normal():
         low, high = normal.range_of(known)
         inside += low <= fourth <= high
     assert 0.93 < inside / 2000 < 0.97
+    low, high = normal.range_of([math.exp(-1), 1.0, math.e])      # m = 0, s = 1
+    assert math.isclose(math.log(high), 4.303 * math.sqrt(4 / 3), rel_tol=1e-6)
+    assert math.isclose(low * high, 1.0)
 
 
 def test_a_loss_is_the_mean_of_the_last_hundred_steps():
@@ -304,6 +307,29 @@ def test_finished_runs_are_not_made_again(tmp_path):
     again = work(tmp_path, "--stages", "tf-after-score", "--seeds", "0",
                  f"--runs={tmp_path / 'none'}")
     assert again.wanted() == [score, later], "its weights are needed, and gone"
+
+
+def good_entry(seed: int, loss: float, step: int = 200) -> dict:
+    """Of a run of score whose loss halves in its middle, and ends at `loss`."""
+    losses = {"score": [(at, loss * (2 if at <= 100 else 1)) for at in range(10, step + 1, 10)]}
+    state = {"recipe": {"stage": "score", "steps": 200}, "config": {}, "step": step,
+             "asked": {"fingerprint": ""}, "losses": losses, "seconds": 1.0}
+    return curves.entry_of(curves.Job("score", seed), state)
+
+
+def test_the_table_of_losses_has_mean_and_spread():
+    """A run that is not finished is left out."""
+    runs = [good_entry(seed, loss) for seed, loss in enumerate((0.1, 0.2, 0.3))]
+    runs.append(good_entry(3, 9.0, step=190))
+    text = curves.losses(runs, tables.markdown)
+    head, _, *rows = text.splitlines()
+    assert "`score`, 200 steps, 3 seeds" in head
+    assert len(rows) == curves.POINTS + 1
+    assert rows[9] == "| 50 % | 0.4 [0.2, 0.6] |"
+    assert rows[14] == "| 75 % | 0.3 [0.15, 0.45] |", "half of its hundred steps are early"
+    assert rows[19] == "| 100 % | 0.2 [0.1, 0.3] |"
+    low, high = normal.range_of([0.1, 0.2, 0.3])
+    assert rows[20] == f"| normal at the end | {low:.3g} to {high:.3g} |"
 
 
 @pytest.mark.rest
