@@ -2,7 +2,8 @@
 and where the gradient stops.
 
     score   A bidirectional model of whole clips: every frame sees every other. It cannot
-            stream, but it can judge videos, which stage dmd needs. Stage tf starts from it.
+            stream, but it can judge videos, which stage dmd needs. Stage tf starts from it. It
+            stands where the paper has pretrained Wan.
     tf      1. Teacher forcing: denoise every chunk, given the *clean true* chunks before it.
     cd      2. Consistency distillation: given the same, every pass jumps to an answer. Four of
             them, with fresh noise between, replace 12 or more.

@@ -78,7 +78,8 @@ class Recipe:
     # Sampler steps at which the last chunk of a self-rollout may end.
     exits: tuple[int, ...] = tuple(range(FEW_STEPS))
     # Share of self-rollouts that begin new videos. Few, since old videos are what is used: a
-    # speed that is right on average over young and old is too fast in the old.
+    # speed that is right on average over young and old is too fast in the old. (To train on old
+    # videos is ours: the paper's training never goes beyond the frames of a clip.)
     restart: float = 0.01
     switch: float = 0.1            # share of videos whose caption changes with a clip length
     seed: int = 0

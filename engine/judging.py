@@ -14,7 +14,7 @@ from engine.passages import passage_report
 from engine.progress import watched
 from engine.quantised import Format, make_cache
 from flow import Draws, GuidedStream, Stream, rollout
-from metrics import survival_report
+from metrics import recall_report, survival_report
 from mla_video import VideoDiT
 from toy_data import make_world
 
@@ -35,6 +35,7 @@ JUDGES = {
     "shapes": Judge(survival_report),
     "digits": Judge(digit_metrics.survival_report, own_accuracy=digit_metrics.accuracy_line),
     "occluder": Judge(passage_report, "passages behind the bar"),
+    "recall": Judge(recall_report, "frames after a curtain"),
 }
 
 

@@ -588,10 +588,11 @@ def in_words(verdict: dict) -> str:
 
 
 def energy_kept(found: dict) -> str:
-    """By either optimiser, and whether that alone would do."""
+    """By either optimiser, the paper's first, and whether that alone would do."""
     claim = verdicts.kept_by_an_eighth(found)
     said = []
-    for name, triple in claim.verdict()["intervals"].items():
+    intervals = claim.verdict()["intervals"]
+    for name, triple in sorted(intervals.items()):         # AdamW, Muon
         inside = claim.low <= triple[1] and triple[2] <= claim.high
         where = "inside" if inside else "outside"
         whose = "the paper's optimiser" if name == "AdamW" else "ours"
@@ -645,7 +646,8 @@ def claims() -> str:
          f"{in_words(verdict_on('sets the rank'))}"],
         ["its best E / 8 directions keep 46 % of the energy of [W_K; W_V] (here: of the squared "
          "singular values; our rule: 0.38 to 0.54)",
-         f"{in_words(verdict_on('about 46 %'))}: {energy_kept(spectrum['found'])}"],
+         f"{energy_kept(spectrum['found'])}; of both together the rule says: "
+         f"{in_words(verdict_on('about 46 %'))}"],
         ["cut to E / 8, quality stays",
          f"survival in rollouts of {spectrum['plan']['frames']} frames: {in_words(rollouts)} "
          f"({shown(survival)}). After a true past MLA is behind dense "

@@ -50,12 +50,13 @@ ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "parallel", "muon", "loader", "checkpoint", "video_files", "terminal", "prompts",
     "digit_metrics", "passages", "judging", "about", "layouts", "pixel_values", "framing",
     "clip_files", "clips", "starts", "trainer", "normal", "convert", "homogeneous",
-    "run_files"))]
+    "run_files", "wan", "wan_video", "latents"))]
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
-    "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum",
-    "quality", "eight_bits", "pictures", "captions", "starts", "switches", "convert", "worlds",
-    "flicker", "failures", "normal", "memory_figure", "memory", "tables")]
+    "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench",
+    "spectrum", "quality", "eight_bits", "pictures", "captions", "starts", "switches",
+    "wan_memory", "convert", "worlds", "flicker", "failures", "normal", "memory_figure",
+    "memory", "tables")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
 

@@ -11,6 +11,7 @@ import torch
 from pytest import approx
 
 from attention import MLA, Dense
+from engine.checkpoint import save_model
 from experiments import rank, spectrum, verdicts
 from experiments.rank import effective_rank, energy_kept, energy_rank
 from experiments.verdicts import OPEN, REFUTED, REPRODUCED, decide
@@ -477,3 +478,33 @@ def test_bad_input_is_one_line_and_code_2(arguments, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+
+
+# ---- figure 1 of any file --------------------------------------------------------------------
+
+@pytest.mark.parametrize("attention", ["dense", "mla"])
+def test_figure_one_of_a_checkpoint(tmp_path, capsys, attention):
+    torch.manual_seed(0)
+    config = replace(TINY.config, attention=attention, norm=True, query_latent=16, latent=4)
+    path = tmp_path / "model.pt"
+    model = VideoDiT(config)
+    save_model(path, model)
+    spectrum.main([f"--weights={path}", f"--json={tmp_path / 'found.json'}"])
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    W = rank.stacked(model.blocks[0].attention) if attention == "dense" \
+        else rank.composite(model.blocks[0].attention)
+    s = torch.linalg.svdvals(W)
+    row = found["layers"][0]
+    assert row["C"] == (config.dim // 8 if attention == "dense" else 4)
+    assert row["kept"] == approx(rank.energy_kept(s, row["C"]), abs=1e-3)  # stored in half
+    assert abs(row["rank99"] - rank.energy_rank(s)) < 1.01
+    assert f"{row['kept']:.3f}" in said and "noise" in said
+    assert len(found["layers"]) == config.layers
+
+
+def test_singular_values_by_the_gram_matrix():
+    W = torch.randn(20, 12, generator=seeded(0)).double()
+    slow = torch.linalg.svdvals(W)
+    quick = rank.quick_singular_values(W).flip(0)
+    assert torch.allclose(quick, slow, atol=1e-12)

@@ -58,7 +58,7 @@ def test_own_clips_have_no_captions():
 
 @pytest.mark.parametrize("data", WORLDS)
 def test_a_world_has_a_judge_that_calls_its_true_clips_true(data):
-    video, captions = make_world(data, frames=48, seed=4).batch(range(30))
+    video, captions = make_world(data, frames=60, seed=4).batch(range(30))
     for asked in (captions, captions * 0):
         report = JUDGES[data].report(video, asked)
         assert [*report][-1] == "survival", "the number to quote comes last"
@@ -66,7 +66,7 @@ def test_a_world_has_a_judge_that_calls_its_true_clips_true(data):
         assert all(type(share) is float for share in report.values())
 
 
-@pytest.mark.parametrize("data", WORLDS)
+@pytest.mark.parametrize("data", [data for data in WORLDS if any(words_of(data))])
 def test_the_judge_of_a_world_sees_that_another_is_another(data):
     """Nothing of one world survives in the next one's eyes when it is told the wrong captions."""
     video, captions = make_world(data, frames=48, seed=4).batch(range(30))
