@@ -35,7 +35,6 @@ import train
 from engine.checkpoint import load_model
 from engine.clips import open_world
 from engine.command_line import check_bounds, default_device, pick_device, provenance, run
-from engine.judging import PROMPTS
 from engine.starts import go_on_from
 from engine.trainer import fast_products, frozen_copy
 from engine.video_files import to_pixels
@@ -43,7 +42,7 @@ from experiments.stamp import stamp
 from flow import SAMPLERS, GuidedStream, Stream, VideoDraws, consistency, euler, rollout
 from metrics import alive, colour_index, speed
 from mla_video import VideoDiT
-from toy_data import encode_caption, make_world
+from toy_data import Shapes, encode_caption, make_world
 
 FRAMES = 48
 SHOWN = (0, 1, 2, 3, 4, 5, 8, 11, 14, 17, 23, 35, 47)
@@ -63,8 +62,8 @@ class Studio:
         self.right = SAMPLERS[about["stage"]]
         self.videos = videos
         self.device = device
-        captions = [encode_caption(prompt) for prompt in PROMPTS]
-        self.captions = torch.stack(captions)[torch.arange(videos) % len(PROMPTS)]
+        captions = [encode_caption(prompt) for prompt in Shapes.prompts]
+        self.captions = torch.stack(captions)[torch.arange(videos) % len(captions)]
 
     def stream(self, model: VideoDiT | None = None, captions: Tensor | None = None) -> Stream:
         captions = self.captions if captions is None else captions

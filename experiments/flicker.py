@@ -64,7 +64,7 @@ def report(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     origin = provenance(device)        # now: a run must name the commit that it started from
     model, about = load_model(args.checkpoint)
-    captions = unseen_captions(args.videos, args.seed)
+    captions = unseen_captions(args.videos, args.seed, about["data"])
     stream = Stream(model.to(device), captions, attend=attend_auto)
     draws = VideoDraws(args.seed, args.videos)
     made = rollout(stream, args.frames, draws, **SAMPLERS[about["stage"]])
