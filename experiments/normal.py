@@ -372,11 +372,12 @@ def times(results: Results, markdown: Callable) -> str:
 def mistakes(results: Results, markdown: Callable) -> str:
     rows = []
     for found in results("failures.json")["failures"].values():
+        pace = f"{found['speed']:.2f}" if found["alive"] > 0.5 else "-"   # else of no subject
         rows.append([
             found["symptom"],
             found["mistake"].replace("\n", " "),
             found["cure"],
-            f"{found['speed']:.2f}",
+            pace,
             f"{100 * found['alive']:.0f} %",
             f"{100 * found['colour']:.0f} %",
             f"{found['change']:.3f}",
