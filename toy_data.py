@@ -367,8 +367,8 @@ class Recall(Shapes):
     The subject flies on behind the curtain, so what comes out is known: colour, shape, place.
     A gauge at the frame's foot shows *when*: its grey track is as long as the curtain, an eighth
     of the frame for 3 frames; its white part fills while the subject is in view and runs down
-    while it is not. So every frame tells all about the curtain, to a model that sees three
-    frames as to one that sees 36, and what needs memory is the subject alone.
+    while it is not. So every frame tells all about the curtain, to a model that sees 3 frames
+    as to one that sees 36, and what needs memory is the subject alone.
 
     With `vary`, as make_world has it, a clip has a curtain of its own length, a multiple of 3
     up to `curtain`, and every other clip begins anywhere in its period: that is for training,

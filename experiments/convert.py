@@ -253,6 +253,26 @@ def table(out: dict) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def sentences(out: dict) -> str:
+    """What the table is of, and the verdicts of the rule."""
+    origins = out["dense"]
+    c = Config(**origins[0]["config"])
+    seeds = ", ".join(str(origin["seed"]) for origin in origins)
+    steps = sorted({origin["steps"] for origin in origins})
+    steps = " or ".join(str(number) for number in steps)
+    said = [f"{len(origins)} dense models (seeds {seeds}; {steps} steps; E = {c.dim}, {c.heads} "
+            f"heads, {c.layers} layers, {c.frames} frames of {c.height} x {c.width} pixels). "
+            f"After the cut {out['steps']} steps of {out['batch']} clips."]
+    words = {True: "replaces", False: "does not replace", None: "cannot be judged against"}
+    for verdict in out["verdicts"]:
+        ratios = []
+        for name, (middle, low, high) in verdict["intervals"].items():
+            ratios.append(f"{name} times {middle:.2f} [{low:.2f}, {high:.2f}]")
+        said.append(f"By the rule \"{verdict['new']}\" {words[verdict['holds']]} "
+                    f"\"{verdict['old']}\": {', '.join(ratios)}.")
+    return " ".join(said)
+
+
 # ---- the command line ------------------------------------------------------------------------
 
 def load_dense(path: Path) -> tuple[VideoDiT, dict]:
@@ -284,8 +304,7 @@ def converting(args) -> None:
             args.json.write_text(json.dumps(out, indent=1) + "\n")
             print(f"{out['seconds']:5.0f} s  seed {origin['seed']} measured", flush=True)
     print(table(out))
-    for verdict in out["verdicts"]:
-        print(verdict)
+    print(sentences(out))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     flag = parser.add_argument
     flag("--checkpoint", default="checkpoints/toy.pt", help="an MLA model of the shapes world")
     flag("--dense", metavar="PATH", help="a dense model to judge beside it")
-    flag("--formats", nargs="+", default=list(FORMATS), choices=tuple(FORMATS))
+    flag("--formats", nargs="+", default=list(FORMATS), choices=tuple(FORMATS),
+         help="beside float32")
     flag("--videos", type=int, default=64, help="of each seed")
     flag("--seeds", type=int, default=3, help="seeds of sampling")
     flag("--frames", type=int, default=960)
@@ -116,9 +117,9 @@ def measure(args: argparse.Namespace) -> None:
     for name, path in paths.items():
         model, about = load_model(path)
         model.to(device)
-        entry = {"stage": about["stage"], "steps": about["steps"], "seed": about["seed"],
+        entry = {"stage": about["stage"], "steps": about.get("steps"), "seed": about.get("seed"),
                  "formats": {}}
-        for format in args.formats:
+        for format in dict.fromkeys(["float32", *args.formats]):           # each once
             cost = bytes_of(model, FORMATS[format])
             entry["formats"][format] = {"bytes": cost, "runs": []}
         found["models"][name] = entry
@@ -148,7 +149,6 @@ def judge_seed(args: argparse.Namespace, model: VideoDiT, name: str, seed: int,
     how = SAMPLERS[entry["stage"]]
     world = make_world("shapes", frames=STRETCH, seed=10_000 + seed)
     truth, captions = world.batch(range(args.videos))
-    exact = None
     for format, row in entry["formats"].items():
         said = f"{name} {format}, seed {seed}, frames"
         first, last = first_and_last(model, captions, FORMATS[format], args.frames, seed, how,
@@ -156,8 +156,8 @@ def judge_seed(args: argparse.Namespace, model: VideoDiT, name: str, seed: int,
         if format == "float32":
             exact = first
         judged = judge_end(last, captions, truth, model.embed.weight.device)
-        if exact is not None:
-            judged["apart"] = round((first - exact).abs().mean().item(), 5)
+        apart = (first - exact).abs().mean()
+        judged["apart"] = round(apart.item(), 5)
         row["runs"].append(judged)
         args.json.write_text(json.dumps(found, indent=1))
         shown = ", ".join(f"{metric} {value:.3f}" for metric, value in judged.items())
@@ -185,14 +185,15 @@ def values_of(row: dict, metric: str) -> list[float]:
 
 
 def cell(row: dict, metric: str, digits: int, percent: bool) -> str:
-    """Mean [least, most] over the seeds."""
+    """Mean over the seeds and, if there are several, [least, most]."""
     values = values_of(row, metric)
     if not values:
         return "-"
     unit = " %" if percent else ""
     factor = 100 if percent else 1
     shown = [f"{factor * value:.{digits}f}" for value in (mean(values), min(values), max(values))]
-    return "{}{} [{}, {}]".format(shown[0], unit, *shown[1:])
+    spread = f" [{shown[1]}, {shown[2]}]" if len(values) > 1 else ""
+    return f"{shown[0]}{unit}{spread}"
 
 
 def table(found: dict) -> tuple[list[str], list[list[str]]]:
@@ -203,15 +204,11 @@ def table(found: dict) -> tuple[list[str], list[list[str]]]:
         for format, row in entry["formats"].items():
             if not row["runs"]:
                 continue
-            cells = [f"{HEADS[name]}, `{entry['stage']}`, {written(format)}"]
+            cells = [f"{HEADS[name]}, `{entry['stage']}`, {format}"]
             cells += [shown_bytes(format, row["bytes"][size]) for size in ("paper", "model")]
             cells += [cell(row, *how) for how in SHOWN.values()]
             rows.append(cells)
     return head, rows
-
-
-def written(format: str) -> str:
-    return "float32 (at the paper's size bf16)" if format == "float32" else format
 
 
 def shown_bytes(format: str, number: int) -> str:
@@ -254,34 +251,48 @@ def over_training(quality: dict, attention: str, stage: str) -> dict[str, float]
     return widths
 
 
+def yardsticks(found: dict, name: str, quality: dict) -> dict[str, dict[str, float]]:
+    """What counts as little, by the name of the seeds that say so: as far as there are several
+    seeds, and as videos are as long as theirs."""
+    entry = found["models"][name]
+    there = {}
+    if len(entry["formats"]["float32"]["runs"]) > 1:
+        there["sampling"] = over_sampling(entry)
+    if found["frames"] == quality["frames"]:
+        there["training"] = over_training(quality, name, entry["stage"])
+    return there
+
+
 def verdict(found: dict, quality: dict) -> str:
-    """A sentence for each model and format: is it within the spread of float32's seeds?"""
+    """A sentence for each model, format and yardstick: does every metric stay within it?"""
     sentences = []
     for name, entry in found["models"].items():
-        yardsticks = {
-            "seeds of sampling": over_sampling(entry),
-            "seeds of training": over_training(quality, name, entry["stage"]),
-        }
-        formats = [format for format in entry["formats"] if format != "float32"]
-        for format, seeds in itertools.product(formats, yardsticks):
-            if not entry["formats"][format]["runs"]:
-                continue
-            wrong = outside(entry, format, yardsticks[seeds])
-            within = "every metric is within"
+        judged = [format for format, row in entry["formats"].items() if row["runs"]]
+        rounded = [format for format in judged if format != "float32"]
+        sticks = yardsticks(found, name, quality)
+        for format, seeds in itertools.product(rounded, sticks):
+            wrong = outside(entry, format, sticks[seeds])
+            within = "every metric moves by less than"
             if wrong:
-                within = f"of {len(METRICS)} metrics {len(wrong)} move by more than"
+                within = f"{len(wrong)} of {len(METRICS)} metrics move by more than"
             moved = f" ({'; '.join(wrong)})" if wrong else ""
-            sentences.append(f"{HEADS[name]} {format}: {within} the spread of float32's "
-                             f"{seeds}{moved}.")
-    return " ".join(sentences)
+            sentences.append(f"{HEADS[name]}, {format}: {within} the spread of float32's seeds "
+                             f"of {seeds}{moved}.")
+    return " ".join(sentences) or "One seed, or a short video: no verdict."
 
 
 def conditions(found: dict) -> str:
-    """How many videos of how many frames."""
-    rows = found["models"]["mla"]["formats"]["float32"]
-    return (f"{found['videos']} videos of {found['frames']} frames for each of "
-            f"{len(rows['runs'])} seeds of sampling; mean [least, most] of the seeds, over the "
-            f"last {LAST} frames.")
+    """How many videos of how many frames, and what bytes are beside those of dense attention."""
+    formats = found["models"]["mla"]["formats"]
+    runs = len(formats["float32"]["runs"])
+    seeds = "1 seed" if runs == 1 else f"each of {runs} seeds"
+    dense = papers_cache("dense", None).bytes_per_token
+    times = dense / papers_cache("mla", INT8).bytes_per_token
+    means = "means" if runs == 1 else "means [least, most] of the seeds"
+    return (f"{found['videos']} videos of {found['frames']} frames for {seeds} of sampling; "
+            f"{means} over the last {LAST} frames. At the paper's size float32 stands for "
+            f"bfloat16, and dense attention keeps {dense} bytes there, {times:.0f} times what "
+            "MLA keeps in int8. Four bits take a byte here.")
 
 
 if __name__ == "__main__":

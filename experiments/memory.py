@@ -56,6 +56,7 @@ from train import Trainer, recipe_for
 
 SEEN = Recall.SEEN
 KINDS = ("mla", "dense", "wide")
+TURNS = 3                      # openings in the videos that are drawn
 UNSEEN = 10_000                # seeds from here on are of clips that no training draws
 # Seconds that a run takes besides its steps. Of several at a time the judging is slower.
 BEGINNING = 20
@@ -367,28 +368,27 @@ def draw(args: argparse.Namespace) -> None:
     """The figure, and the videos of the first seed's models."""
     found = json.loads(args.json.read_text())
     draw_figure(found, args.json.with_suffix(".png"))
+    print(table(found))
     models = {}
-    for name, kind in (("dense", "dense"), ("MLA", "mla")):
+    for kind in ("dense", "mla"):
         path = args.out / f"{kind}_0.pt"
         if not path.exists():
             tell(f"there is no {path}, so no videos are drawn")
             return
-        models[name], _ = load_model(path)
-    c = models["MLA"].config
-    curtain = int(list(found["runs"][0]["curtains"])[-1])
-    frames = SEEN + 3 * (SEEN + curtain)
-    world = Recall("recall", frames, c.height, UNSEEN, curtain, vary=False)
+        models[kind], _ = load_model(path)
+    curtain = max(map(int, found["runs"][0]["curtains"]))
+    period = SEEN + curtain
+    frames = SEEN + TURNS * period
+    height = models["mla"].config.height
+    world = Recall("recall", frames, height, UNSEEN, curtain, vary=False)
     indices = four_colours(world)
+    plans = [world.plan(index) for index in indices]
     truth, captions = world.batch(indices)
     videos = {"truth": truth}
-    bytes_of = {}
-    for name, model in models.items():
-        videos[name] = continued(model, truth, captions, seed=0)
-        bytes_of[name] = cache_bytes(model.config)
-    plans = [world.plan(index) for index in indices]
-    said = [below(videos, plans, SEEN + curtain, i) for i in range(frames)]
-    draw_gif(videos, bytes_of, said, found, args.json.with_suffix(".gif"))
-    print(table(found))
+    for kind, model in models.items():
+        videos[kind] = continued(model, truth, captions, seed=0)
+    said = [below(videos, plans, period, i) for i in range(frames)]
+    draw_gif(videos, said, found, args.json.with_suffix(".gif"))
 
 
 def four_colours(world: Recall) -> list[int]:
@@ -400,8 +400,8 @@ def four_colours(world: Recall) -> list[int]:
 
 
 def below(videos: dict[str, Tensor], plans: list, period: int, i: int) -> dict[str, str]:
-    """What stands under frame i of each: at an opening and after it how many of the videos
-    show their subject, its colour and its shape in most of its frames."""
+    """What stands under frame i of each: from an opening on how many of the videos show their
+    subject in it, its colour and its shape in every frame."""
     closed = i % period >= SEEN
     words = {"truth": "the curtain is closed" if closed else "made by both"}
     if i < SEEN:
@@ -411,7 +411,7 @@ def below(videos: dict[str, Tensor], plans: list, period: int, i: int) -> dict[s
         words[name] = ""
         if start:
             share = shares_of(videos[name][:, start:start + SEEN], plans)["survival"]
-            words[name] = f"remembers {int((share > 0.5).sum())} of {len(plans)}"
+            words[name] = f"remembers {int((share > 0.9).sum())} of {len(plans)}"
     return words
 
 
@@ -420,24 +420,32 @@ def below(videos: dict[str, Tensor], plans: list, period: int, i: int) -> dict[s
 def table(found: dict) -> str:
     """Markdown: each kind behind the longest curtain, first and last time, over the seeds."""
     length = max(map(int, found["runs"][0]["curtains"]))
-    head = ["attention", "window", "bytes a video", f"alive behind {length} frames", "colour",
-            "shape", "colour at the last opening", "shape at the last opening"]
+    turns = len(found["runs"][0]["curtains"][str(length)]["openings"])
+    head = ["attention", "window", "bytes a video", f"in view behind {length} frames", "colour",
+            "shape", f"in view at opening {turns}", "of these, colour", "of these, shape"]
     lines = [head, ["---"] * len(head)]
     for kind, facts in found["kinds"].items():
-        openings = [run["curtains"][str(length)]["openings"] for run in found["runs"]
-                    if run["kind"] == kind]
-        cells = [facts["attention"], facts["window"], f"{facts['cache_bytes']:,}"]
-        cells += [spread(openings, 0, metric) for metric in ("alive", "colour", "shape")]
-        cells += [spread(openings, -1, metric) for metric in ("colour", "shape")]
+        runs = [run for run in found["runs"] if run["kind"] == kind]
+        openings = [run["curtains"][str(length)]["openings"] for run in runs]
+        firsts = [seed[0] for seed in openings]
+        lasts = [seed[-1] for seed in openings]
+        name = {"mla": "MLA", "dense": "dense"}[facts["attention"]]
+        cells = [name, facts["window"], f"{facts['cache_bytes']:,}"]
+        cells += [spread(firsts, metric) for metric in ("alive", "colour", "shape")]
+        cells.append(spread(lasts, "alive"))
+        cells += [spread(lasts, metric, "alive") for metric in ("colour", "shape")]
         lines.append(cells)
-    chance = ["chance", "", "", "", "17 %", "33 %", "17 %", "33 %"]
-    rows = ["| " + " | ".join(map(str, cells)) + " |" for cells in [*lines, chance]]
-    return "\n".join(rows)
+    lines.append(["chance", "", "", "", "17 %", "33 %", "", "17 %", "33 %"])
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
 
 
-def spread(seeds: list[list[dict]], which: int, metric: str) -> str:
-    """Mean over seeds [least, most], in per cent, at one of the openings."""
-    values = [100 * openings[which][metric] for openings in seeds]
+def spread(openings: list[dict], metric: str, of: str | None = None) -> str:
+    """Mean over seeds [least, most], in per cent; of the frames with another metric, if that is
+    given."""
+    values = []
+    for opening in openings:
+        whole = opening[of] if of else 1
+        values.append(100 * opening[metric] / max(whole, 1e-9))
     return f"{mean(values):.0f} % [{min(values):.0f}, {max(values):.0f}]"
 
 

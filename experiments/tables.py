@@ -20,7 +20,9 @@ from statistics import mean
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments import verdicts
+from experiments import convert, verdicts
+from experiments import eight_bits as cache_bits
+from experiments.memory import table as recall_table
 from experiments.normal import section
 from experiments.worlds import table as table_of_worlds
 from mla_video import PRESETS
@@ -393,6 +395,11 @@ def rank() -> str:
     return markdown(head, rows) + "\n\n" + " ".join(said)
 
 
+def conversion() -> str:
+    found = results("convert.json")
+    return f"{convert.table(found)}\n\n{convert.sentences(found)} {origin('convert.json')}"
+
+
 # ---- runs that are exact, and do not end -----------------------------------------------------
 
 def largest(differences: dict[str, float]) -> str:
@@ -479,6 +486,14 @@ def starts() -> str:
             "shape kept"]
     note = f"{found['videos']} clips that the model has not seen. {origin('starts.json')}"
     return markdown(head, rows) + f"\n\n{note}"
+
+
+def recall() -> str:
+    found = results("memory.json")
+    facts = (f"{found['videos']} videos for each seed, from 6 true frames on; mean [least, most] "
+             f"of the seeds. {found['steps']} steps of {found['batch']} clips of "
+             f"{found['frames']} frames.")
+    return f"{recall_table(found)}\n\n{facts} {origin('memory.json')}"
 
 
 def normal() -> str:
@@ -655,12 +670,19 @@ def claims() -> str:
     ])
 
 
+def eight_bits() -> str:
+    found = results("eight_bits.json")
+    said = cache_bits.conditions(found)
+    judged = cache_bits.verdict(found, results("quality.json"))
+    return f"{markdown(*cache_bits.table(found))}\n\n{said} {judged} {origin('eight_bits.json')}"
+
+
 # ---- both files ------------------------------------------------------------------------------
 
 FILES = {
     "README.md": (training, four, claims),
-    "RESULTS.md": (memory, minute, worlds, captions, switches, starts, stages, normal, attention,
-                   model, rank, exact),
+    "RESULTS.md": (memory, minute, recall, worlds, eight_bits, captions, switches, starts,
+                   stages, normal, attention, model, rank, conversion, exact),
 }
 TABLES = {table.__name__: table for tables in FILES.values() for table in tables}
 

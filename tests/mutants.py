@@ -16,11 +16,14 @@ import pytest
 import torch
 
 import test_cache as cache
+import test_convert as convert
 import test_flow as flow
 import test_full_rank as full_rank
+import test_homogeneous as homogeneous
 import test_objectives as objectives
 import test_parallel as parallel
 import test_prompts as prompts
+import test_quantised as quantised
 import test_rope as rope
 import test_routes as routes
 import test_streaming as streaming
@@ -257,6 +260,36 @@ ENTRIES = (
      "init == 'spectral'",
      "True",
      full_rank.test_random_initialisation_keeps_the_sizes_and_nothing_else),
+
+    # ---- a dense model becomes MLA ----
+    ("whitened, and not brought back", "engine.convert:convert_layer",
+     "projection.weight @ inverse",
+     "projection.weight",
+     convert.test_heads_that_agree_are_kept_whatever_the_inputs),
+    ("the norm's gains left out", "engine.convert:linearised",
+     "norm.weight[:, None] / rho",
+     "1 / rho",
+     convert.test_the_norm_of_the_query_latent_is_the_dense_norm),
+    ("latents as large as they happen to be", "engine.convert:like_rho",
+     "guess.T @ guess",
+     "torch.eye(len(size), dtype=size.dtype)",
+     convert.test_keys_and_values_keep_their_size_under_the_norm_of_the_latent),
+    ("inputs without their mean", "engine.convert:moments_on",
+     "x.T @ x / len(x)",
+     "torch.cov(x.T)",
+     convert.test_moments_are_of_what_keys_are_made_of_clean_and_noisy),
+    ("values divided by the keys' norm", "engine.homogeneous:absorbed",
+     "s / s[..., -1:]",
+     "s",
+     homogeneous.test_content_with_norms_and_biases),
+    ("the keys' biases left out", "engine.homogeneous:from_dense",
+     "bias[:, content].flatten()",
+     "0 * bias[:, content].flatten()",
+     homogeneous.test_content_with_norms_and_biases),
+    ("eps of the keys' norm left out", "engine.homogeneous:HomogeneousMLA.rows",
+     "size + self.eps",
+     "size",
+     homogeneous.test_the_last_number_of_a_row_is_the_keys_norm),
 
     # ---- cache ----
     ("sink evicted", "cache:RollingCache._moves",
@@ -806,6 +839,36 @@ ENTRIES = (
      "torch.addmm(G, G, G, beta=b, alpha=c)",
      "torch.addmm(G, G, G, beta=b, alpha=0)",
      parallel.test_muons_iteration_is_its_polynomial_and_no_rounding_grows_in_it),
+    # ---- eight bits ----
+    ("the scale is one step too fine", "engine.quantised:Format.quantise",
+     "largest.float() / self.top",
+     "largest.float() / (self.top + 1)",
+     quantised.test_a_number_comes_back_within_half_a_step),
+    ("the scale is of the average, not of the largest", "engine.quantised:Format.quantise",
+     "parts.abs().amax(dim=-1, keepdim=True)",
+     "parts.abs().mean(dim=-1, keepdim=True)",
+     quantised.test_a_number_comes_back_within_half_a_step),
+    ("bytes are cut off, not rounded", "engine.quantised:Format.quantise",
+     "values.round()",
+     "values",
+     quantised.test_a_number_comes_back_within_half_a_step),
+    ("all parts of a row are read by the first one's scale",
+     "engine.quantised:Format.dequantise",
+     "scale[..., None]",
+     "scale[..., :1, None]",
+     quantised.test_a_number_comes_back_within_half_a_step),
+    ("the positional key is read by the content's scale", "engine.quantised:visible",
+     "kept[2:]",
+     "kept[2:3] * 2",
+     quantised.test_it_is_the_rolling_cache_of_rounded_rows),
+    ("the chunk being made is rounded, too", "engine.quantised:visible",
+     "torch.cat((past, own), dim=1)",
+     "torch.cat((past, own.bfloat16().to(own.dtype)), dim=1)",
+     quantised.test_it_is_the_rolling_cache_of_rounded_rows),
+    ("a stream in int8 takes the scales for fp8's", "engine.quantised:Format.dequantise",
+     "parts * scale[..., None]",
+     "parts * scale[..., None] * 127 / 448",
+     quantised.test_a_stream_in_eight_bits_is_one_in_floats_within_rounding),
 )
 
 MUTANTS = [Mutant(*entry) for entry in ENTRIES]

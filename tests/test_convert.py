@@ -130,17 +130,17 @@ def test_second_moments_without_clips_are_those_of_white_tokens(code):
     config = replace(PRESETS["toy"], attention="dense", layers=1, dim=32, heads=2, rope=6)
     model = enliven(code.mla_video.VideoDiT(config), 0)
     (M,) = code.convert.moments_of_weights(model)
-    u = torch.rand(400, 1)
+    u = torch.rand(200, 1, generator=torch.Generator().manual_seed(0))
     sigma = code.flow.shift(torch.sigmoid(torch.special.ndtri(u)))
     sigma = torch.cat((torch.zeros_like(sigma), sigma))    # as many clean ones
     with torch.no_grad():
         level = model.level(model.time(code.mla_video.sinusoid(sigma, 256)))
-        steer = level.unflatten(-1, (6, 32)) + model.blocks[0].modulation      # [800, 1, 6, 32]
-        offset, scale = steer[:, :, :2, None].unbind(2)    # [800, 1, 1, 32] each
-        normed = nn.functional.layer_norm(torch.randn(800, 1, 400, 32), [32])
+        steer = level.unflatten(-1, (6, 32)) + model.blocks[0].modulation      # [400, 1, 6, 32]
+        offset, scale = steer[:, :, :2, None].unbind(2)    # [400, 1, 1, 32] each
+        normed = nn.functional.layer_norm(torch.randn(400, 1, 200, 32), [32])
         x = normed * (1 + scale) + offset
     x = x.flatten(0, 2).double()
-    assert error(M, x.T @ x / len(x)) < 0.03
+    assert error(M, x.T @ x / len(x)) < 0.05
 
 
 def test_moments_are_of_what_keys_are_made_of_clean_and_noisy(code):
@@ -199,7 +199,10 @@ def dense_file(tmp_path, monkeypatch):
     return path
 
 
-@pytest.mark.parametrize("conversion", ["data", "weights"])
+@pytest.mark.parametrize("conversion", [
+    "data",
+    pytest.param("weights", marks=pytest.mark.rest),
+])
 def test_a_dense_model_learns_on_as_mla(code, tmp_path, dense_file, capsys, conversion):
     """It starts from the converted weights; stopped and gone on with, it is an unbroken run;
     and it keeps what it was begun with."""
@@ -332,6 +335,7 @@ def test_the_mean_key_is_the_heads_mean(code):
     assert_same(mla.W_QR.weight @ mla.W_DQ.weight, Q, EXACT, "queries as they were")
 
 
+@pytest.mark.rest
 def test_it_is_measured_from_the_command_line(tmp_path, dense_file, capsys, monkeypatch):
     monkeypatch.setattr(experiment, "CLIPS", 2)
     monkeypatch.setattr(experiment, "BATCH", 2)

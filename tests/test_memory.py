@@ -1,11 +1,14 @@
 """experiments/memory.py compares equals, and its limit of what news can pass is one."""
 
 import json
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from engine.command_line import UserError
 from experiments import memory
 from mla_video import VideoDiT
 from toy_data import Recall
@@ -92,16 +95,46 @@ def test_true_frames_are_what_is_given():
     assert torch.equal(video, memory.continued(model, truth, captions, 0))
 
 
-def test_what_is_drawn_is_said():
+def test_the_table_is_of_the_first_opening_and_of_the_last():
+    """There colour and shape are of the frames in view."""
     found = {"runs": [], "kinds": {"mla": dict(attention="mla", window=36, cache_bytes=1234)}}
     for colour in (0.5, 0.7):
-        opening = dict(alive=1.0, colour=colour, shape=0.25)
-        found["runs"].append({"kind": "mla", "curtains": {"24": {"openings": [opening]}}})
-    assert "| mla | 36 | 1,234 | 100 % [100, 100] | 60 % [50, 70] | 25 % [25, 25] |" in memory.table(found)
+        first = dict(alive=1.0, colour=colour, shape=0.25)
+        last = dict(alive=0.5, colour=0.4, shape=0.1)
+        found["runs"].append({"kind": "mla", "curtains": {"24": {"openings": [first, last]}}})
+    cells = "| MLA | 36 | 1,234 | 100 % [100, 100] | 60 % [50, 70] | 25 % [25, 25] "
+    cells += "| 50 % [50, 50] | 80 % [80, 80] | 20 % [20, 20] |"
+    assert cells in memory.table(found)
+
+
+class Timed:
+    """A pool in which a step takes a tenth of a second."""
+
+    def submit(self, *work):
+        return self
+
+    def result(self):
+        return 0.1
+
+
+def test_as_many_steps_as_fit():
+    """Nine at a time are three times slower than three; judging has its time, too."""
+    how = memory.How(torch.device("cpu"), 0, None, Path("out"), 1, 9, time.time() + 400)
+    steps = memory.steps_that_fit(Timed(), memory.KINDS, 1, memory.FULL, how)
+    seconds = 400 - memory.BEGINNING - how.judging()
+    assert steps == pytest.approx(seconds / (1.05 * 0.3), abs=5)
+    in_two_rounds = memory.steps_that_fit(Timed(), memory.KINDS, 2, memory.FULL, how)
+    assert in_two_rounds < steps / 2
+    late = replace(how, deadline=time.time() + 60)
+    with pytest.raises(UserError, match="--minutes leaves no time for a step"):
+        memory.steps_that_fit(Timed(), memory.KINDS, 1, memory.FULL, late)
+    assert memory.train_and_judge("mla", 0, memory.FULL, late) is None, "nor begins a run"
 
 
 @pytest.mark.rest
-def test_a_quick_run_ends_in_json_models_and_pictures(tmp_path):
+def test_a_quick_run_ends_in_json_models_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "QUICK", replace(memory.QUICK, lengths=(3,), openings=1))
+    monkeypatch.setattr(memory, "TURNS", 1)
     memory.main(["--quick", "--seeds=1", "--steps=2", "--batch=2", "--videos=4", f"--out={tmp_path}"])
     found = json.loads((tmp_path / "memory.json").read_text())
     runs = [(run["kind"], run["steps"]) for run in found["runs"]]
