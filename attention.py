@@ -222,25 +222,30 @@ def crossing(N: int, V: int, C: int) -> float:
 # does).
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A projection [..., inputs] -> [..., outputs]: every projection here is a plain matrix."""
-    return nn.Linear(inputs, outputs, bias=False)
+# An RMSNorm adds it to the mean square: float32's last bit, whatever the dtype of the model.
+RMS_EPS = 2.0**-23
 
 
-def rms_norm(width: int, norm: bool) -> nn.Module:
+def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    """A projection [..., inputs] -> [..., outputs]: a plain matrix, but in Wan's layers."""
+    return nn.Linear(inputs, outputs, bias)
+
+
+def rms_norm(width: int, norm: bool, eps: float) -> nn.Module:
     """An RMSNorm over the last `width` channels, or nothing."""
-    return nn.RMSNorm(width) if norm else nn.Identity()
+    return nn.RMSNorm(width, eps) if norm else nn.Identity()
 
 
 class Dense(nn.Module):
     """Standard multi-head attention, the baseline. Rows: keys and values, [B, T, H * d_h] each.
 
     Keys are cached unrotated and whole heads rotate at read; `rope` None means no position at
-    all. `norm` is Wan's RMSNorm of queries and keys, over all heads together. Raises ValueError
-    for a rope that is narrower than a head.
+    all. `norm` is Wan's RMSNorm of queries and keys, over all heads together; `bias` adds Wan's
+    biases to all four projections. Raises ValueError for a rope that is narrower than a head.
     """
 
-    def __init__(self, E: int, H: int, rope: Rope3D | None, norm: bool = True):
+    def __init__(self, E: int, H: int, rope: Rope3D | None, norm: bool = True,
+                 bias: bool = False, eps: float = RMS_EPS):
         super().__init__()
         if rope is not None and rope.channels * H != E:
             raise ValueError(f"dense attention rotates whole heads: {E // H} channels, "
@@ -249,12 +254,12 @@ class Dense(nn.Module):
         self.rope = rope
         self.scale = (E // H) ** -0.5
         self.widths = (E, E)
-        self.W_Q = linear(E, E)
-        self.W_K = linear(E, E)
-        self.W_V = linear(E, E)
-        self.W_O = linear(E, E)
-        self.norm_q = rms_norm(E, norm)
-        self.norm_k = rms_norm(E, norm)
+        self.W_Q = linear(E, E, bias)
+        self.W_K = linear(E, E, bias)
+        self.W_V = linear(E, E, bias)
+        self.W_O = linear(E, E, bias)
+        self.norm_q = rms_norm(E, norm, eps)
+        self.norm_k = rms_norm(E, norm, eps)
 
     def rows(self, x: Tensor) -> Rows:
         """x [B, T, E] to its keys and values, [B, T, E] each."""
@@ -285,7 +290,7 @@ class MLA(nn.Module):
     """
 
     def __init__(self, E: int, H: int, C: int, Q: int, N: int, V: int, rope: Rope3D | None,
-                 norm: bool = True, scale: float | None = None):
+                 norm: bool = True, scale: float | None = None, eps: float = RMS_EPS):
         super().__init__()
         R = 0 if rope is None else rope.channels * rope.copies
         self.heads = H
@@ -300,8 +305,8 @@ class MLA(nn.Module):
         self.W_UK = linear(C, H * N)                                                   # (5)
         self.W_UV = linear(C, H * V)                                                   # (5)
         self.W_O = linear(H * V, E)                                                    # (8)
-        self.norm_kv = rms_norm(C, norm)
-        self.norm_q = rms_norm(Q, norm)
+        self.norm_kv = rms_norm(C, norm, eps)
+        self.norm_q = rms_norm(Q, norm, eps)
 
     def rows(self, x: Tensor) -> Rows:
         """x [B, T, E] to (c_kv [B, T, C], k_rope [B, T, R]). The norm is paid once, not at
@@ -349,16 +354,16 @@ class MLA(nn.Module):
         `scale` and `rope` are not among the weights of a state_dict: whoever stores the layer
         must store them, too. Wan's layers have biases and norms, and cannot be converted so.
 
-        Raises ValueError for a normed layer, an unknown init, or C, Q, R out of range.
+        Raises ValueError for a normed layer or one with biases, an unknown init, or C, Q, R out of range.
         tests/test_full_rank.py.
         """
         E = dense.W_Q.in_features
         H = dense.heads
         d = E // H
         Q = E if Q is None else Q
-        if not isinstance(dense.norm_q, nn.Identity):
-            raise ValueError("from_dense needs a dense layer without RMSNorm on q and k "
-                             "(norm=False): a norm is not linear")
+        if not isinstance(dense.norm_q, nn.Identity) or dense.W_Q.bias is not None:
+            raise ValueError("from_dense needs a dense layer without RMSNorm on q and k and "
+                             "without biases (norm=False): a norm is not linear")
         if init not in ("spectral", "random"):
             raise ValueError(f"init must be 'spectral' or 'random', got {init!r}")
         turning, rope = turning_channels(dense.rope, R, H, d)

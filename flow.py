@@ -198,7 +198,8 @@ SAMPLERS = {
 
 
 class Stream:
-    """Videos in the making: a model, their captions [B, S], and the cache of what was made.
+    """Videos in the making: a model, their captions (words [B, S], or rows [B, S, text]), and
+    the cache of what was made.
 
     `rollout` asks for `chunk_like`, `velocity` and `commit`, and for nothing else. The caption
     may be replaced between two chunks: the next chunk is made under the new one. To continue a
@@ -218,22 +219,24 @@ class Stream:
 
     @property
     def caption(self) -> Tensor:
-        """The captions [B, S], on the model's device."""
+        """The captions [B, ...], on the model's device; rows in its dtype, too."""
         return self._caption
 
     @caption.setter
     def caption(self, caption: Tensor) -> None:
         """ValueError for another number of videos than before, or for words that the model does
         not know."""
-        ids = not caption.is_floating_point()              # else rows of a text encoder
-        if ids and caption.device.type == "cpu":           # a GPU would be waited for
+        weight = self.model.embed.weight
+        if caption.is_floating_point():                    # rows of a text encoder
+            caption = caption.to(weight.dtype)
+        elif caption.device.type == "cpu":                 # ids; a GPU would be waited for
             top = self.model.config.words - 1
             if not ((0 <= caption) & (caption <= top)).all():
                 raise ValueError(f"the ids of words in a caption are 0 to {top}, got {caption}")
         if hasattr(self, "_caption") and len(caption) != len(self._caption):
             raise ValueError(f"this stream makes {len(self._caption)} videos, and there are "
                              f"{len(caption)} captions")
-        self._caption = caption.to(self.model.embed.weight.device)
+        self._caption = caption.to(weight.device)
 
     def chunk_like(self) -> Tensor:
         """An empty tensor with the shape, the dtype and the device of this stream's chunks."""
@@ -255,9 +258,9 @@ class GuidedStream:
 
         v = v(no caption) + w (v(caption) - v(no caption))
 
-    `captioned` and `plain` are streams of the same videos, the second with word 0 throughout.
-    Each has *its own* cache: the past means something else to a model that was told something
-    else. (Sharing one cache is a classic silent bug.)
+    `captioned` and `plain` are streams of the same videos, the second with word 0 throughout
+    or the rows of a negative caption. Each has *its own* cache: the past means something else
+    to a model that was told something else. (Sharing one cache is a classic silent bug.)
     """
 
     def __init__(self, captioned: Stream, plain: Stream, weight: float):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attention import MLA, Dense, Route, attend_cheaper, attend_materialised
+from attention import MLA, RMS_EPS, Dense, Route, attend_cheaper, attend_materialised
 from cache import RollingCache, Rows
 from rope3d import Rope3D, Table, grid_coords
 
@@ -62,6 +62,10 @@ class Config:
     sink: int = 0                      # first frames that are never forgotten
     norm: bool = True                  # RMSNorm of the latents; in dense attention of q and k
     place: bool = True                 # a learned vector for each place in the frame
+    bias: bool = False                 # in the projections of dense attention, as in Wan
+    text: int = 0                      # captions are a text encoder's rows, so wide; 0: words
+    eps_rms: float = RMS_EPS           # of the RMSNorms
+    eps_layer: float = 1e-5            # of the LayerNorms
 
     def __post_init__(self):
         check_sizes(self)
@@ -103,18 +107,19 @@ def allowed(q_frame: Tensor, q_noisy: Tensor, k_frame: Tensor, k_noisy: Tensor,
 
 def sinusoid(sigma: Tensor, width: int) -> Tensor:
     """Noise levels sigma [...] as features [..., width]: cosines, then sines, of 1000 * sigma
-    at geometric frequencies. In this repository sigma = 0 is clean and sigma = 1 is noise."""
+    at geometric frequencies; in float32 at least. sigma = 0 is clean and sigma = 1 is noise."""
+    dtype = torch.promote_types(sigma.dtype, torch.float32)
     half = width // 2
-    band = torch.arange(half, device=sigma.device) / half
+    band = torch.arange(half, device=sigma.device, dtype=dtype) / half
     omega = torch.exp(-math.log(10_000) * band)                            # [width / 2]
-    angle = 1000 * sigma[..., None].float() * omega
+    angle = 1000 * sigma[..., None].to(dtype) * omega
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
-def modulate(x: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, offset: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm of x [B, F, P, E], then a scale and an offset per frame, each [B, F, 1, E]."""
-    normed = F.layer_norm(x, x.shape[-1:])
-    return torch.addcmul(offset, normed, 1 + scale)        # offset + normed * (1 + scale)
+    normed = F.layer_norm(x.to(scale.dtype), x.shape[-1:], eps=eps)
+    return torch.addcmul(offset, normed, 1 + scale).to(x.dtype)    # offset + normed (1 + scale)
 
 
 class Block(nn.Module):
@@ -133,15 +138,17 @@ class Block(nn.Module):
         H = config.heads
         d = E // H
         rope = config.make_rope()
+        norm = config.norm
         if config.attention == "mla":
             self.attention = MLA(E, H, config.latent, config.query_latent, N=d - config.rope,
-                                 V=d, rope=rope, norm=config.norm)
+                                 V=d, rope=rope, norm=norm, eps=config.eps_rms)
         else:
-            self.attention = Dense(E, H, rope, config.norm)
-        self.caption = Dense(E, H, rope=None, norm=config.norm)
+            self.attention = Dense(E, H, rope, norm, config.bias, config.eps_rms)
+        self.caption = Dense(E, H, None, norm, config.bias, config.eps_rms)
         self.ffn = nn.Sequential(nn.Linear(E, config.ffn), nn.GELU(approximate="tanh"),
                                  nn.Linear(config.ffn, E))
-        self.norm_caption = nn.LayerNorm(E)
+        self.eps = config.eps_layer
+        self.norm_caption = nn.LayerNorm(E, self.eps)
         self.modulation = nn.Parameter(torch.zeros(6, E))
 
     def forward(self, x: Tensor, level: Tensor, caption: Tensor, q_table: Table, k_table: Table,
@@ -158,7 +165,7 @@ class Block(nn.Module):
         """
         steer = (level + self.modulation)[:, :, :, None]                   # [B, F, 6, 1, E]
         offset, scale = steer[:, :, :2].unbind(2)                          # [B, F, 1, E] each
-        h = modulate(x, offset, scale).flatten(1, 2)                       # [B, L, E]
+        h = modulate(x, offset, scale, self.eps).flatten(1, 2)             # [B, L, E]
         rows = self.attention.rows(h)
         visible = rows if cache is None else cache.peek(layer, rows)
 
@@ -173,14 +180,14 @@ class Block(nn.Module):
 
         gate, ffn_offset, ffn_scale, ffn_gate = steer[:, :, 2:].unbind(2)
         o = self.attention(h, visible, q_table, k_table, mask, attend)
-        x = torch.addcmul(x, gate, o.view_as(x))                           # x + gate * o
+        x = torch.addcmul(x, gate, o.view_as(x)).to(x.dtype)               # x + gate * o
 
-        # No mask: a word that is not said is word 0, whose embedding says so.
+        # No mask: a word that is not said is word 0, whose embedding says so; a row, zeros.
         o = self.caption(self.norm_caption(x).flatten(1, 2), self.caption.rows(caption))
         x = x + o.view_as(x)
 
-        o = self.ffn(modulate(x, ffn_offset, ffn_scale))
-        x = torch.addcmul(x, ffn_gate, o)                                  # x + ffn_gate * o
+        o = self.ffn(modulate(x, ffn_offset, ffn_scale, self.eps))
+        x = torch.addcmul(x, ffn_gate, o).to(x.dtype)                      # x + ffn_gate * o
         return x, rows
 
 
@@ -188,7 +195,8 @@ class VideoDiT(nn.Module):
     """v(x, sigma | past, caption): the velocity eps - x0 of flow matching (flow.py), for every
     frame of a chunk or of a clip.
 
-    Video is [B, F, channels, height, width]; sigma [B, F] in [0, 1]; caption LongTensor [B, S].
+    Video is [B, F, channels, height, width]; sigma [B, F] in [0, 1]; caption LongTensor [B, S],
+    or rows of a text encoder [B, S, text].
     `attend` says by which route MLA is computed (attention.py); the answer is the same. Over
     whole clips the default is to materialise, as in the paper's training; in a stream it is the
     cheaper one.
@@ -205,7 +213,11 @@ class VideoDiT(nn.Module):
         # an edge is. This vector says where in the frame, never which frame, so what is cached
         # still has no place in time. (Wan has no such vector.)
         self.place = nn.Parameter(torch.zeros(config.tokens, E)) if config.place else None
-        self.words = nn.Embedding(config.words, E)
+        if config.text:
+            self.words = nn.Sequential(nn.Linear(config.text, E), nn.GELU(approximate="tanh"),
+                                       nn.Linear(E, E))
+        else:
+            self.words = nn.Embedding(config.words, E)
         self.time = nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))   # of sigma
         # Wan's economy: one projection of the noise level to 6 E numbers serves all blocks. A
         # block owns no more than an offset to it (`Block.modulation`).
@@ -223,7 +235,8 @@ class VideoDiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     module.bias.zero_()
-        nn.init.normal_(self.words.weight, std=1.0)
+        if not self.config.text:
+            nn.init.normal_(self.words.weight, std=1.0)
         self.level[1].weight.zero_()                      # gates are 0: blocks are the identity
         self.head.weight.zero_()                           # the first prediction is v = 0
         for block in self.blocks:
@@ -316,9 +329,12 @@ class VideoDiT(nn.Module):
         if sigma.shape != video.shape[:2]:
             raise ValueError("sigma has a noise level for each frame, "
                              f"{tuple(video.shape[:2])}; got {tuple(sigma.shape)}")
-        if caption.shape != (len(video), c.slots):
-            raise ValueError(f"a caption is {c.slots} words for each of {len(video)} videos; "
-                             f"got {tuple(caption.shape)}")
+        expected = len(video), c.slots
+        if c.text:
+            expected = *expected, c.text
+        if caption.shape != expected:
+            raise ValueError(f"a caption is {c.slots} words for each of {len(video)} videos, or "
+                             f"as many rows: {expected}; got {tuple(caption.shape)}")
         patches = rearrange(video, "b f c (h p) (w q) -> b f (h w) (c p q)",
                             p=c.patch, q=c.patch)
         x = self.embed(patches)                                            # [B, F, P, E]
@@ -326,7 +342,8 @@ class VideoDiT(nn.Module):
             x = x + self.place
         sigma_emb = self.time(sinusoid(sigma, 256).to(x.dtype))            # [B, F, E]
         level = self.level(sigma_emb).unflatten(-1, (6, c.dim))            # [B, F, 6, E]
-        return x, sigma_emb, level, self.words(caption)
+        fine = torch.promote_types(x.dtype, torch.float32)     # 1 + scale in bfloat16 is coarse
+        return x, sigma_emb.to(fine), level.to(fine), self.words(caption)
 
     def tables(self, cache: RollingCache, dtype: torch.dtype) -> tuple[Table, Table]:
         """Rotations of the tokens of the chunk being made, and of all that it may look at."""
@@ -345,7 +362,7 @@ class VideoDiT(nn.Module):
         # As in Wan, offset and scale of the head share one embedding, without a projection.
         steer = sigma_emb[:, :, None] + self.head_modulation               # [B, F, 2, E]
         offset, scale = steer[:, :, :, None].unbind(2)                     # [B, F, 1, E] each
-        patches = self.head(modulate(x, offset, scale))
+        patches = self.head(modulate(x, offset, scale, c.eps_layer))
         return rearrange(patches, "b f (h w) (c p q) -> b f c (h p) (w q)",
                          h=c.height // c.patch, p=c.patch, q=c.patch)
 
@@ -358,23 +375,29 @@ def check_sizes(c: Config) -> None:
 
     Sizes come from files and flags, so they are refused before anything is allocated.
     """
+    switches = ("norm", "place", "bias")
     for name, value in asdict(c).items():
-        if name not in ("attention", "norm", "place", "sink"):
+        got = f"got {str(value)[:40]!r}"
+        if name in switches:
+            need(value in (True, False), f"{name} must be True or False, {got}")
+        elif name.startswith("eps"):
+            need(type(value) is float and 0 < value < 1,
+                 f"{name} must be a number between 0 and 1, {got}")
+        elif name not in ("attention", "sink"):
+            least = int(name != "text")
             top = 1024 if name == "layers" else 2**20
-            need(type(value) is int and 0 < value <= top,
-                 f"{name} must be a positive integer up to {top}, got {str(value)[:40]}")
+            need(type(value) is int and least <= value <= top,
+                 f"{name} must be a positive integer up to {top}, {got}")
     need(c.attention in ("mla", "dense"),
          f"attention must be 'mla' or 'dense', got {str(c.attention)[:40]!r}")
-    for name in ("norm", "place"):
-        value = getattr(c, name)
-        need(value in (True, False), f"{name} must be True or False, got {str(value)[:40]!r}")
     need(c.dim % c.heads == 0, f"{c.heads} heads do not divide a width of {c.dim}")
     need(c.height % c.patch == 0 and c.width % c.patch == 0,
          f"patches of {c.patch} do not divide {c.height} x {c.width} pixels; "
          "give a size that is a multiple")
     need(c.frames % c.chunk == 0, f"{c.frames} frames are not whole chunks of {c.chunk}")
     head = c.dim // c.heads
-    need(c.rope < head, f"{c.rope} rope channels leave no content channel in a head of {head}")
+    need(c.attention == "dense" or c.rope < head,
+         f"{c.rope} rope channels leave no content channel in a head of {head}")
     need(type(c.sink) is int and c.sink >= 0, f"sink must be 0 frames or more, got {c.sink!r}")
     need(c.window >= c.sink + c.chunk,
          f"a window of {c.window} frames cannot hold {c.sink} sink frames and a chunk of "
@@ -402,6 +425,7 @@ PRESETS = {
     # Wan2.1-T2V-1.3B with the paper's latents. 832 x 480 pixels are 104 x 60 after Wan's VAE;
     # in patches of 2 that makes 52 x 30 tokens a frame.
     "wan1.3b": Config(dim=1536, layers=30, heads=12, latent=192, query_latent=768, rope=32,
-                      ffn=8960, channels=16, height=60, width=104, patch=2, words=1024,
-                      slots=512, frames=21, window=21, sink=1, place=False),
+                      ffn=8960, channels=16, height=60, width=104, patch=2, slots=512,
+                      frames=21, window=21, sink=1, place=False, bias=True, text=4096,
+                      eps_rms=1e-6, eps_layer=1e-6),
 }

@@ -12,10 +12,13 @@
         without end until Ctrl-C, and drawn in the terminal meanwhile
     python sample.py --checkpoint out/model.pt --evaluate 64
         exact metrics over 64 rollouts
+    python sample.py --checkpoint wan.safetensors --text rows.safetensors --out made.safetensors
+        released weights: captions are rows of a text encoder, and latents are made
 
 The loop over chunks is `flow.rollout`. What the flags add is added around it: compiled passes
 and guidance are other kinds of stream (`open_stream`), a start is committed before the first
-chunk (`make`), and captions change between two chunks (`write`). tests/test_cli.py.
+chunk (`make`), and captions change between two chunks (`write`). Models of Wan's shape go
+another way (engine/latents.py). tests/test_cli.py.
 """
 
 import argparse
@@ -28,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import command_line, latents
 from engine.about import about_lines
 from engine.checkpoint import load_model
 from engine.command_line import (UserError, as_user_error, check_bounds, default_device,
@@ -58,6 +62,9 @@ def main(argv: list[str] | None = None) -> None:
 def play(args: argparse.Namespace) -> None:
     """Check, load, stream, write, report."""
     check_flags(args)
+    if latents.wanted(args):
+        latents.play(args, pick_device(args.device), partial(open_stream, args))
+        return
     path = path_of(args.out, args.pictures)
     device = pick_device(args.device)
     model, about = open_model(args.checkpoint, device)
@@ -113,7 +120,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--checkpoint", default=str(TOY), help="a file written by train.py")
+    flag("--checkpoint", default=str(TOY), help="a file of train.py, or released weights")
     flag("--prompt", action="append",
          help='a caption such as "fast red disc"; given again, a second video; "48: blue '
               'square" is no video of its own but changes the caption of the one before it at '
@@ -146,7 +153,8 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
               "on a CPU no")
     flag("--seed", type=int, default=0)
     flag("--device", default=default_device())
-    return parser.parse_args(argv)
+    latents.add_flags(flag)
+    return command_line.read_flags(parser, argv)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -236,9 +244,10 @@ def frames_of_start(args: argparse.Namespace, model: VideoDiT) -> Tensor:
 
 # ---- stream and write ------------------------------------------------------------------------
 
-def open_stream(args: argparse.Namespace, model: VideoDiT,
-                captions: Tensor) -> Stream | GuidedStream:
-    """Videos to be made with these captions: by which route, compiled or not, guided or not."""
+def open_stream(args: argparse.Namespace, model: VideoDiT, captions: Tensor,
+                negative: Tensor | None = None) -> Stream | GuidedStream:
+    """Videos to be made with these captions: by which route, compiled or not, guided or not.
+    Guidance leads away from the `negative` captions; without them, from no caption."""
     compiled = args.compile
     if compiled is None:
         compiled = model.embed.weight.is_cuda
@@ -250,7 +259,7 @@ def open_stream(args: argparse.Namespace, model: VideoDiT,
     stream = begin(captions)
     if args.guidance == 1:
         return stream
-    plain = begin(torch.zeros_like(captions))
+    plain = begin(torch.zeros_like(captions) if negative is None else negative)
     return GuidedStream(stream, plain, args.guidance)
 
 

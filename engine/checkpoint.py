@@ -112,7 +112,7 @@ def read_checkpoint(path: Path, keys: set[str]) -> dict:
         content = _load(path)
     except Exception as error:
         # For a broken file zipfile, pickle and torch raise a dozen kinds, of which the name
-        # says enough. `_check_archive` says what it found.
+        # says enough. `check_archive` says what it found.
         why = type(error).__name__
         if isinstance(error, UserError):
             why = str(error)
@@ -156,18 +156,18 @@ def _check_kind(path: Path) -> None:
                         "downloaded: `git lfs pull` fetches it")
     # Eight bytes say how long the JSON is that follows them.
     if path.suffix.lower() == ".safetensors" or start[8:10] == b'{"':
-        raise UserError(f"{path} is a safetensors file, as other projects write them; this one "
-                        "plays the model.pt that its train.py writes")
+        raise UserError(f"{path} is a safetensors file, as other projects write them; sample.py "
+                        "takes one of Wan's shape, and here a model.pt of train.py is needed")
 
 
 def _load(path: Path):
     with warnings.catch_warnings():                # one line says what is wrong, and not two
         warnings.simplefilter("ignore")
-        _check_archive(path)
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _check_archive(path: Path) -> None:
+def check_archive(path: Path) -> None:
     """Before torch opens it: nothing in the zip can unfold, every checksum holds, and every
     name that its pickle mentions is known."""
     with zipfile.ZipFile(path) as archive:

@@ -72,7 +72,7 @@ def read_sizes(items: list[str]) -> dict[str, int]:
     """The NAME=N of --config; UserError for anything else."""
     sizes = []
     for name, value in asdict(Config()).items():
-        if isinstance(value, int) and name not in ("words", "slots"):
+        if isinstance(value, int) and name not in ("words", "slots", "text"):
             sizes.append(name)
     chosen = {}
     for item in items:

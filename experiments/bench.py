@@ -360,7 +360,7 @@ class Bench(Measure):
         k_table = rope.table(grid_coords(torch.cat((past, own)), *grid))
         x = self.noise_like(torch.empty(1, c.chunk, c.tokens, c.dim, device="meta"))
         features = self.noise_like(torch.empty(1, c.chunk, 256, device="meta"))
-        level = model.level(model.time(features)).unflatten(-1, (6, c.dim))
+        level = model.level(model.time(features)).unflatten(-1, (6, c.dim)).float()
         words = model.words(self.caption())
 
         def one_pass(x):

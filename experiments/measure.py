@@ -99,7 +99,9 @@ class StoredRotated(Dense):
     @classmethod
     def like(cls, dense: Dense, E: int) -> "StoredRotated":
         """A layer with the weights of `dense`, of width E, on its device and in its dtype."""
-        layer = cls(E, dense.heads, dense.rope).to(dense.W_Q.weight)
+        bias = dense.W_Q.bias is not None
+        layer = cls(E, dense.heads, dense.rope, bias=bias, eps=dense.norm_q.eps)
+        layer.to(dense.W_Q.weight)
         layer.load_state_dict(dense.state_dict())
         return layer.requires_grad_(False)
 
@@ -269,7 +271,11 @@ class Measure:
         return torch.empty(x.shape, device=self.device, dtype=self.dtype).normal_()
 
     def caption(self, videos: int = 1) -> Tensor:
-        return torch.randint(1, 20, (videos, self.config.slots), device=self.device)
+        """Ids of words, or rows of a text encoder: what the model takes."""
+        c = self.config
+        if c.text:
+            return self.noise_like(torch.empty(videos, c.slots, c.text, device="meta"))
+        return torch.randint(1, 20, (videos, c.slots), device=self.device)
 
     # ---- output ------------------------------------------------------------------------------
 

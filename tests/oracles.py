@@ -68,11 +68,11 @@ def attention_of_one_head(q, k, v, scale: float, visible):
 
 def rms_norm(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
     """x over its root mean square, times a learned weight; no weight, no norm. The epsilon is
-    torch's: that of float64."""
+    that of float32, whatever the dtype."""
     if weight is None:
         return x
     mean_square = (x * x).mean(-1, keepdims=True)
-    return x / np.sqrt(mean_square + np.finfo(np.float64).eps) * weight
+    return x / np.sqrt(mean_square + np.finfo(np.float32).eps) * weight
 
 
 def join_heads(outputs: list, W_O: np.ndarray) -> np.ndarray:

@@ -222,8 +222,8 @@ SAFETENSORS = b"\x10\0\0\0\0\0\0\0" + b'{"a":{"dtype":1}}' + b"\0" * 8
     ("folder of a run that goes on", ["no model.pt yet", "training state"]),
     ("empty folder", ["no checkpoint model.pt in the folder"]),
     ("Hugging Face", ["Hugging Face"]),
-    ("safetensors", ["safetensors file", "train.py"]),
-    ("safetensors by another name", ["safetensors file", "train.py"]),
+    ("safetensors", ["--text FILE"]),
+    ("safetensors by another name", ["--text FILE"]),
     ("pointer", ["Git LFS", "git lfs pull"]),
 ])
 def test_a_checkpoint_of_another_kind_is_named(capsys, tmp_path, kind, words):
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_kind_is_named(capsys, tmp_path, kind, words):
         path = path / "train.pt"
     if kind == "Hugging Face":
         (path / "config.json").write_text("{}")
-        (path / "model.safetensors").write_bytes(SAFETENSORS)
+        (path / "pytorch_model.bin").write_bytes(LFS)
     if kind.startswith("safetensors"):
         path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pt")
         path.write_bytes(SAFETENSORS)

@@ -131,7 +131,7 @@ def test_cudnn_takes_every_call_of_the_default_path(monkeypatch):
             cache.seen = cache.capacity
             chunk = torch.empty(1, c.chunk, c.channels, c.height, c.width, dtype=torch.bfloat16)
             sigma = chunk.new_empty(1, c.chunk)
-            caption = torch.zeros(1, c.slots, dtype=torch.long)
+            caption = chunk.new_empty(1, c.slots, c.text)
             model.denoise(chunk, sigma, caption, cache, all_by_cudnn)
     assert len(calls) == 4, calls
     for call in calls:

@@ -47,7 +47,8 @@ WORLDS = ["toy_data", "metrics"]
 ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "command_line", "locks", "progress", "routes", "streaming", "switching", "parallel", "muon",
     "loader", "checkpoint", "video_files", "terminal", "prompts", "judging", "about", "layouts",
-    "pixel_values", "framing", "clip_files", "clips", "starts", "trainer", "run_files"))]
+    "pixel_values", "framing", "clip_files", "clips", "starts", "trainer", "run_files", "wan",
+    "wan_video", "latents"))]
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum", "quality", "pictures", "captions",
