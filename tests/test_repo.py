@@ -52,7 +52,7 @@ ENGINE = ["engine", *(f"engine.{stem}" for stem in (
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum", "quality", "pictures", "captions",
-    "starts", "switches", "tables")]
+    "starts", "switches", "wan_memory", "tables")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
 
