@@ -2,9 +2,9 @@
 encoder and the VAE that diffusers and transformers have: their parts, not ours.
 
 FOLDER is diffusers' folder of Wan2.1 (with `tokenizer`, `text_encoder` and `vae`), on this disk;
-nothing is downloaded. These two steps have never run on real weights here. What could be tested,
-on random ones of a small size, is that a video decoded chunk by chunk is the video decoded at
-once (tests/test_wan.py, where diffusers is installed).
+nothing is downloaded. These two steps have never run on real weights here. Where diffusers is
+installed, tests/test_wan.py goes the whole way with random parts of a small size, and finds a
+video that is decoded chunk by chunk to be the video decoded at once.
 """
 
 import gc

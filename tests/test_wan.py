@@ -447,3 +447,36 @@ def test_a_video_decoded_by_chunks_has_no_seams():
     made = torch.cat([decode(chunk) for chunk in latents.split(3, 1)], 1)
     assert made.shape == (1, 21, 3, 16, 24)
     assert error(made, want) < 1e-6
+
+
+def tiny_parts(folder: Path) -> Path:
+    """diffusers' folder of Wan2.1 with a random tokenizer, text encoder and VAE, all tiny."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "?": 1, "a": 2, "cat": 3}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sizes = transformers.UMT5Config(vocab_size=4, d_model=SMALL.text, d_kv=4, d_ff=8,
+                                    num_layers=1, num_heads=2)
+    transformers.UMT5EncoderModel(sizes).save_pretrained(folder / "text_encoder")
+    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=2, dim_mult=[1, 1, 1, 1],
+                                     num_res_blocks=1, latents_mean=[0.1, 0.2],
+                                     latents_std=[1.0, 2.0])
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+def test_from_a_prompt_to_a_video(wan_file, tmp_path):
+    """The whole way, with parts of diffusers and transformers that are random and tiny: 6 latent
+    frames are 21 frames, 8 times as wide."""
+    from PIL import Image
+
+    parts = tiny_parts(tmp_path / "parts")
+    out = tmp_path / "cat.gif"
+    flags = [flag for flag in FLAGS if "slots" not in flag]
+    sample.main([f"--checkpoint={wan_file}", "--prompt=a cat", f"--parts={parts}", "--frames=6",
+                 "--steps=1", f"--out={out}", "--device=cpu", "--guidance=2", *flags])
+    with Image.open(out) as video:
+        assert (video.n_frames, video.size) == (21, (48, 32))
