@@ -203,6 +203,8 @@ def _map_torch_file(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
         raise UserError(f"{path} holds no weights by name, neither under generator_ema nor "
                         "as they are")
+    if sum(value.nbytes for value in content.values()) > path.stat().st_size:
+        raise UserError(f"{path} declares more numbers than the file holds")
     return content
 
 
@@ -270,8 +272,6 @@ def load_wan(source: str | Path, *, dtype: torch.dtype | None = None, **config) 
     style = int(any(name.startswith("condition_embedder.") for name in weights))
     shapes = {name: value.shape for name, value in weights.items()}
     settings = config_of(path, shapes, style, config)
-    if settings.layers > len(weights):
-        raise UserError(f"{path} is no Wan text-to-video model: {settings.layers} blocks")
     with torch.device("meta"):                             # allocates nothing
         model = VideoDiT(settings)
     expected = model.state_dict()
@@ -280,8 +280,8 @@ def load_wan(source: str | Path, *, dtype: torch.dtype | None = None, **config) 
     dtype = dtype or weights[their_name("blocks.0.attention.W_Q.weight", style)].dtype
     ours = {}
     for their, name in theirs.items():
-        value = take(path, their, weights.pop(their))
-        ours[name] = as_ours(path, their, name, value, expected[name].shape, settings).to(dtype)
+        value = as_ours(path, their, name, weights.pop(their), expected[name].shape, settings)
+        ours[name] = checked(path, their, value).to(dtype)
     model.load_state_dict(ours, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -308,8 +308,8 @@ def check_names(path: Path, found: Iterable[str], expected: Iterable[str]) -> No
                         f"{len(expected)} tensors, e.g. {example(missing)}")
 
 
-def take(path: Path, name: str, value: Tensor) -> Tensor:
-    """A tensor of a kind that can be computed with; UserError if it is none."""
+def checked(path: Path, name: str, value: Tensor) -> Tensor:
+    """The tensor, if it can be computed with; UserError if not."""
     if value.dtype not in WEIGHTS:
         kinds = ", ".join(str(dtype) for dtype in WEIGHTS)
         raise UserError(f"{path}: {name} is of type {value.dtype}; expected {kinds}")

@@ -21,6 +21,7 @@ import sample
 import wan_by_hand
 from engine.command_line import UserError
 from engine.latents import LatentWriter
+from engine.streaming import FastStream
 from engine.wan import is_wan, load_wan, their_name
 from engine.wan_video import LatentDecoder
 from flow import GuidedStream, Stream
@@ -122,12 +123,14 @@ def test_the_model_is_diffusers_wan_transformer(case, kind, tmp_path):
 
 
 def test_bfloat16_is_as_near_float64_as_diffusers_own(tmp_path):
-    """Its own two ways: all in bfloat16, or with some modules kept in float32. Ours has no
-    weight in float32, and lies between them or within a tenth."""
+    """Over four models. Ours has all weights in bfloat16, and what steers the blocks in float32:
+    nearer than diffusers all in bfloat16 (0.93 of its error), not as near as with the modules
+    that it can keep in float32 (1.09)."""
+    ratios = []
     for case in FIXTURE["cases"]:
         ours = error(*outcome(case, tmp_path, "original", torch.bfloat16))
-        theirs = max(case["bfloat16"].values())
-        assert ours < 1.1 * theirs, f"{ours:.4f}, diffusers {case['bfloat16']}"
+        ratios.append(ours / case["bfloat16"]["all"])
+    assert sum(ratios) / len(ratios) < 1, ratios
 
 
 def test_the_noise_level_is_not_rounded_to_bfloat16(wan_file):
@@ -157,6 +160,22 @@ def test_streaming_is_self_forcings_cache(weights, wan_file, window, sink):
             assert error(stream.velocity(x, sigma)[0], want) < EXACT, f"chunk at {start}"
         theirs.one_pass(x[0], start, 0.0, text, keep=True)
         stream.commit(x)
+
+
+@pytest.mark.rest
+def test_the_compiled_stream_takes_rows(wan_file):
+    """What runs on a GPU, in float32 here: one graph once the window is full, the same video."""
+    model = load_wan(wan_file, **FREE | dict(window=6, sink=1))
+    text = torch.randn(1, 5, SMALL.text, generator=torch.Generator().manual_seed(2))
+    plain = Stream(model, text)
+    fast = FastStream(model, text, backend="eager")
+    dice = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        x = torch.randn(1, 3, 2, 4, 6, generator=dice)
+        assert error(fast.velocity(x, 0.8333), plain.velocity(x, 0.8333)) < 1e-5
+        fast.commit(x)
+        plain.commit(x)
+    assert fast.fast is not None, "the window was never full"
 
 
 def test_wan_1_3b_is_wans_tensor_for_tensor():
@@ -272,6 +291,10 @@ def spoiled(kind: str, weights: dict, path: Path) -> Path:
         content = as_self_forcing_saves(weights) | {"more": Code(exec, HARM)}
         torch.save(content, path / "bad.pt")
         return path / "bad.pt"
+    if kind == "one number seen as many":
+        weights[name] = torch.zeros(1).expand(10**6, 10**6)
+        torch.save(weights, path / "bad.pt")
+        return path / "bad.pt"
     if kind == "a pickle of words":
         torch.save({"patch_embedding": "none"}, path / "bad.pt")
         return path / "bad.pt"
@@ -289,7 +312,7 @@ def spoiled(kind: str, weights: dict, path: Path) -> Path:
     ("another shape", "24, 23"), ("integers", "int8"), ("nan", "NaN"),
     ("half the shards", "part-1"), ("half the shards, no index", "lacks"),
     ("an index of nothing", "no index"), ("a pickle with code", "it names"),
-    ("a pickle of words", "generator_ema"), ("cut short", "damaged"),
+    ("a pickle of words", "generator_ema"), ("one number seen as many", "more numbers"), ("cut short", "damaged"),
     ("no safetensors", "damaged"),
 ])
 def test_a_wrong_file_is_refused_in_one_line(weights, tmp_path, capsys, monkeypatch, kind, word):
