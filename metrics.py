@@ -13,7 +13,9 @@ drift is a curve:
     motion_residual    [B]            how far from true flight and bounce, in pixels
     survival_report                   a summary of many rollouts
 
-All are for the shapes world: one coloured subject, which is one of three shapes.
+All are for the shapes world: one coloured subject, which is one of three shapes. The other
+worlds are judged by engine/digit_metrics.py and engine/passages.py, with what they share from
+here; engine/judging.py has the list of all.
 
 Letters: B batch, F frames, h, w pixels of a frame, n frames of a window. Points are (y, x), y
 downwards, in pixels. tests/test_metrics.py: true clips pass, and each way of spoiling a clip
@@ -99,13 +101,17 @@ def centroid(video: torch.Tensor) -> torch.Tensor:
 
     It is the middle of the frame where there is no subject at all.
     """
-    *_, h, w = video.shape
-    cover = subject(video)
-    middle = torch.tensor([h / 2, w / 2], device=video.device)
+    return centre_of_mass(subject(video))
+
+
+def centre_of_mass(cover: torch.Tensor) -> torch.Tensor:
+    """Of each frame of cover [..., h, w]: [..., 2] (y, x) in pixels; its middle if all is 0."""
+    *_, h, w = cover.shape
+    middle = torch.tensor([h / 2, w / 2], device=cover.device)
     y, x = offsets(middle, h, w)                             # [h, 1], [1, w]
-    moment_y = over_pixels(cover * y)                        # [B, F]
+    moment_y = over_pixels(cover * y)                        # [...]
     moment_x = over_pixels(cover * x)
-    moment = torch.stack([moment_y, moment_x], dim=2)        # [B, F, 2]
+    moment = torch.stack([moment_y, moment_x], dim=-1)       # [..., 2]
     mass = over_pixels(cover).clamp_min(1e-6)
     return middle + moment / mass[..., None]
 
@@ -116,17 +122,23 @@ def alive(video: torch.Tensor) -> torch.Tensor:
     Its mass is 0.5 to 1.8 times the true one, and 90 % of it lies within a shape's reach of
     its centroid.
     """
-    *_, h, w = video.shape
-    cover = subject(video)
-    mass = over_pixels(cover)                                # [B, F]
     true = true_mass(side(video))
-    right_size = between(mass, 0.5 * true, 1.8 * true)
-
+    least = 0.5 * true
+    most = 1.8 * true
     reach = TRIANGLE_APEX * side(video) + 0.5                # and half a soft edge
-    y, x = offsets(centroid(video), h, w)                    # [B, F, h, 1], [B, F, 1, w]
+    return in_one_place(subject(video), least, most, reach)
+
+
+def in_one_place(cover: torch.Tensor, least: float, most: float, reach: float) -> torch.Tensor:
+    """bool [B, F]: is the mass of cover [B, F, h, w] from `least` to `most`, and do 90 % of it
+    lie within `reach` pixels of its centre?"""
+    *_, h, w = cover.shape
+    mass = over_pixels(cover)                                # [B, F]
+    y, x = offsets(centre_of_mass(cover), h, w)              # [B, F, h, 1], [B, F, 1, w]
     distance_square = y * y + x * x                          # [B, F, h, w]
     near = distance_square <= reach**2
     mass_near = over_pixels(cover * near)
+    right_size = between(mass, least, most)
     return right_size & (mass_near >= 0.9 * mass)
 
 
@@ -143,15 +155,21 @@ def colour_index(video: torch.Tensor) -> torch.Tensor:
 
     The one whose direction is nearest (cosine) to the subject's mean colour.
     """
+    best = nearest_colour(video, subject(video), HUES)
+    return where_alive(best, video)
+
+
+def nearest_colour(video: torch.Tensor, cover: torch.Tensor, number: int) -> torch.Tensor:
+    """Which of the first `number` COLOURS is nearest (cosine) to the mean colour of a frame,
+    weighted by cover [B, F, h, w]? [B, F]"""
     rgb = (clamped(video) + 1) / 2
-    cover = subject(video)[:, :, None]                       # [B, F, 1, h, w]
+    cover = cover[:, :, None]                                # [B, F, 1, h, w]
     mean = over_pixels(rgb * cover)                          # [B, F, 3]
     colours = list(COLOURS.values())
-    hues = torch.tensor(colours[:HUES], device=video.device)
-    hues = nnf.normalize(hues, dim=1)                        # [6, 3]
-    likeness = mean @ hues.T                                 # [B, F, 6]
-    best = likeness.argmax(2)
-    return where_alive(best, video)
+    hues = torch.tensor(colours[:number], device=video.device)
+    hues = nnf.normalize(hues, dim=1)                        # [number, 3]
+    likeness = mean @ hues.T                                 # [B, F, number]
+    return likeness.argmax(2)
 
 
 def shape_index(video: torch.Tensor) -> torch.Tensor:
@@ -198,17 +216,22 @@ def steady_speed(video: torch.Tensor) -> torch.Tensor:
     Along each axis it is the median of the 11 steps about the frame: bounces shorten only a
     few of them.
     """
-    F = video.shape[1]
+    steps = steady_steps(centroid(video))
+    return at_16_pixels(steps, video)
+
+
+def steady_steps(path: torch.Tensor) -> torch.Tensor:
+    """`steady_speed` of a path [B, F, 2], in its own unit."""
+    F = path.shape[1]
     n = min(11, F - 1)
-    path = centroid(video)                                   # [B, F, 2]
     steps = path.diff(dim=1).abs()                           # [B, F - 1, 2]
     windows = steps.unfold(1, n, 1)                          # [B, F - n, 2, n]
     typical = windows.median(3).values.norm(dim=2)           # [B, F - n]
 
-    frames = torch.arange(F, device=video.device)
+    frames = torch.arange(F, device=path.device)
     first_step = frames - n // 2                             # where each frame's window begins
     first_step = first_step.clamp(0, F - 1 - n)
-    return at_16_pixels(typical[:, first_step], video)
+    return typical[:, first_step]
 
 
 def pace_word(video: torch.Tensor) -> torch.Tensor:
@@ -216,7 +239,11 @@ def pace_word(video: torch.Tensor) -> torch.Tensor:
 
     0 below 0.5 x the slowest speed of the world and above 1.5 x its fastest.
     """
-    steady = steady_speed(video)
+    return pace_of(steady_speed(video))
+
+
+def pace_of(steady: torch.Tensor) -> torch.Tensor:
+    """The id of the word for a speed at 16 pixels, as above, in the shape of `steady`."""
     _, top_of_slow = SPEEDS["slow"]
     bottom_of_fast, _ = SPEEDS["fast"]
     middle = (top_of_slow + bottom_of_fast) / 2

@@ -32,7 +32,7 @@ from engine.about import about_lines
 from engine.checkpoint import load_model
 from engine.command_line import (UserError, as_user_error, check_bounds, default_device,
                                  pick_device, run)
-from engine.judging import PROMPTS, cache_line, report_survival
+from engine.judging import JUDGES, cache_line, report_survival
 from engine.locks import lock
 from engine.progress import Progress
 from engine.prompts import captions_at, complete, never_shown, read_prompts
@@ -44,7 +44,7 @@ from engine.terminal import Screen, open_screen
 from engine.video_files import Writer, open_video, path_of, to_pixels
 from flow import SAMPLERS, GuidedStream, Stream, VideoDraws, consistency, euler, rollout
 from mla_video import VideoDiT
-from toy_data import CAPTION_SLOTS, WORDS, decode_caption
+from toy_data import CAPTION_SLOTS, WORDS, decode_caption, make_world, prompts_of
 
 TOY = Path(__file__).parent / "checkpoints/toy.pt"
 
@@ -203,14 +203,12 @@ def sampling(args: argparse.Namespace, stage: str) -> dict:
 
 
 def prompts_for(args: argparse.Namespace, about: dict) -> list[str]:
-    """Those of --prompt, or else some that suit the data, or the start."""
+    """Those of --prompt, or else the world's own, or what suits the start."""
     if args.prompt:
         return args.prompt
     if args.start:
         return [""]                                # the clip says what is shown
-    if about.get("data") == "shapes":
-        return list(PROMPTS)
-    return [""] * 4
+    return list(prompts_of(str(about.get("data"))))
 
 
 def captions_by_frame(prompts: list[str], chunk: int, frames: int) -> dict[int, Tensor]:
@@ -307,11 +305,13 @@ def print_captions(frame: int, captions: Tensor) -> None:
 
 def judge(args: argparse.Namespace, model: VideoDiT, about: dict, how: dict) -> None:
     """Print exact metrics instead of writing a video."""
-    data = about.get("data")
-    if data != "shapes":
-        raise UserError("--evaluate needs a model of the shapes world, whose truth is known; "
-                        f"this one saw {str(data)[:40]!r}")
-    report_survival(model, args.evaluate, args.frames, args.seed,
+    data = str(about.get("data"))
+    if data not in JUDGES:
+        raise UserError("--evaluate needs a model of a world whose truth is known "
+                        f"({', '.join(JUDGES)}); this one saw {data[:40]!r}")
+    with as_user_error():                          # it may want an optional package
+        make_world(data)
+    report_survival(model, args.evaluate, args.frames, args.seed, data,
                     stream_of=partial(open_stream, args), **how)
 
 

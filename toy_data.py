@@ -209,6 +209,7 @@ class Clips:
     """
     channels = 3
     reads = ""
+    prompts = ("",) * 4        # captions of four videos that show what the world is
 
     def __init__(self, name: str, frames: int, size: int, seed: int):
         if frames < 1 or size < 8 or seed < 0:
@@ -241,6 +242,7 @@ class Shapes(Clips):
     colours = tuple(COLOURS)[:HUES]
     things = SHAPES
     paces = tuple(SPEEDS)
+    prompts = ("slow red disc", "slow blue square", "fast green triangle", "fast yellow disc")
 
     def __init__(self, name: str, frames: int, size: int, seed: int):
         super().__init__(name, frames, size, seed)
@@ -328,6 +330,7 @@ class Digits(Shapes):
     half_box = 0.3
     colours = tuple(COLOURS)
     things = DIGITS
+    prompts = ("slow red seven", "slow blue three", "fast green eight", "fast white two")
 
     def __init__(self, name: str, frames: int, size: int, seed: int):
         super().__init__(name, frames, size, seed)
@@ -361,6 +364,11 @@ def words_of(data: str) -> tuple[tuple[str, ...], ...]:
         return ((),) * CAPTION_SLOTS
     world = WORLDS[data]
     return world.colours, world.things, world.paces
+
+
+def prompts_of(data: str) -> tuple[str, ...]:
+    """Captions of four videos that show what the world `data` is; empty for your own clips."""
+    return WORLDS.get(data, Clips).prompts
 
 
 def make_world(name: str, frames: int = 12, size: int = 16, seed: int = 0) -> Clips:

@@ -21,7 +21,7 @@ import torch
 
 from engine.checkpoint import load_model, previous, read_last_good, save_model, write_atomically
 from engine.command_line import UserError, as_user_error
-from engine.judging import PROMPTS, evaluate, report_survival, unseen_captions
+from engine.judging import JUDGES, evaluate, report_survival, unseen_captions
 from engine.loader import WorkerDied
 from engine.locks import lock
 from engine.parallel import processes, rank
@@ -96,9 +96,9 @@ def check_flags(args: argparse.Namespace, recipes: dict, world) -> None:
         if recipe.batch % processes():
             raise UserError(f"a batch of {recipe.batch} clips cannot be divided among "
                             f"{processes()} processes: choose another --batch")
-    if args.curve and (world.name != "shapes" or args.stage == "score"):
-        raise UserError("--curve judges rollouts in the shapes world, whose truth is known; "
-                        f"not in {world.name}, nor of a score model")
+    if args.curve and (world.name not in JUDGES or args.stage == "score"):
+        raise UserError("--curve judges rollouts in a world whose truth is known "
+                        f"({', '.join(JUDGES)}); not in {world.name}, nor of a score model")
     idle_start = args.start and args.stage in ("score", "all")
     idle_score = args.score and args.stage != "dmd"
     if idle_start or idle_score:
@@ -353,8 +353,10 @@ def judge(trainer: Resumable) -> dict:
     stage = trainer.recipe.stage
     seed = trainer.recipe.seed
     frames = 10 * trainer.model.config.frames
-    found = evaluate(trainer.ema, unseen_captions(64, seed), frames, seed,
-                     watch="judging 64 rollouts, frames", **SAMPLERS[stage])
+    data = trainer.world.name
+    found = evaluate(trainer.ema, unseen_captions(64, seed, data), frames, seed,
+                     report=JUDGES[data].report, watch="judging 64 rollouts, frames",
+                     **SAMPLERS[stage])
     return {"step": trainer.step, "seconds": round(trainer.seconds, 1), **found}
 
 
@@ -421,10 +423,7 @@ def loss_by_noise(trainer: Resumable, bins: int = 5) -> list[tuple[float, float,
 
 def write_sample(trainer: Resumable, path: Path) -> None:
     """A GIF of four videos, ten times as long as a training clip."""
-    prompts = ("",) * 4
-    if trainer.world.name == "shapes":
-        prompts = PROMPTS
-    captions = torch.stack([encode_caption(prompt) for prompt in prompts])
+    captions = torch.stack([encode_caption(prompt) for prompt in trainer.world.prompts])
     draws = Draws(torch.Generator().manual_seed(trainer.recipe.seed))
     frames = 10 * trainer.model.config.frames
     gif = GifWriter(path)
@@ -449,9 +448,9 @@ def report(trainer: Resumable, out: Path, rollouts: int, about: dict) -> None:
         print(f"loss by noise level: {shown}")
     if stage in SAMPLERS:
         write_sample(trainer, out / "sample.gif")
-    if stage in SAMPLERS and rollouts and trainer.world.name == "shapes":
+    if stage in SAMPLERS and rollouts and trainer.world.name in JUDGES:
         judged = report_survival(trainer.ema, rollouts, 10 * config.frames, recipe.seed,
-                                 **SAMPLERS[stage])
+                                 trainer.world.name, **SAMPLERS[stage])
     figures = {
         **about, "stage": stage, "attention": config.attention, "steps": trainer.step,
         "batch": recipe.batch, "seed": recipe.seed,

@@ -30,13 +30,12 @@ if not __package__:                    # started by its path
 from attention import crossing
 from engine.checkpoint import load_model
 from engine.command_line import UserError, provenance, run
-from engine.judging import PROMPTS
 from engine.video_files import GifWriter, to_pixels
 from experiments.stamp import digest, stamp
 from flow import SAMPLERS, Draws, Stream, rollout
 from metrics import centroid, survival_report
 from mla_video import PRESETS, VideoDiT
-from toy_data import decode_caption, make_world
+from toy_data import Shapes, decode_caption, make_world
 
 # Hero: colours that GifWriter's palette has, on an opaque dark card, which suits light and dark
 # pages.
@@ -61,7 +60,7 @@ class Continued(NamedTuple):
     stage: str
 
 
-def true_clips(frames: int, prompts=PROMPTS, seed: int = 10_000) -> tuple[Tensor, Tensor]:
+def true_clips(frames: int, prompts=Shapes.prompts, seed: int = 10_000) -> tuple[Tensor, Tensor]:
     """(video [B, F, 3, h, w], captions [B, S]): the first clip with each caption.
 
     Of the clips that no training run draws.

@@ -30,9 +30,10 @@ import train
 from attention import crossing, route_flops
 from cache import RollingCache
 from engine.checkpoint import load_model, save_model
-from engine.judging import PROMPTS, cache_line
+from engine.judging import cache_line
 from experiments import pictures, stamp, tables
 from mla_video import PRESETS, VideoDiT, allowed
+from toy_data import Shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,7 +47,8 @@ LEARNING = ["flow", "objectives"]
 WORLDS = ["toy_data", "metrics"]
 ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "command_line", "locks", "progress", "routes", "streaming", "switching", "parallel", "muon",
-    "loader", "checkpoint", "video_files", "terminal", "prompts", "judging", "about", "layouts",
+    "loader", "checkpoint", "video_files", "terminal", "prompts", "digit_metrics", "passages",
+    "judging", "about", "layouts",
     "pixel_values", "framing", "clip_files", "clips", "starts", "trainer", "run_files"))]
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
@@ -329,7 +331,7 @@ def test_the_readmes_mask_is_the_models():
 
 def test_the_readme_quotes_what_sample_prints():
     model, _ = load_model(ROOT / "checkpoints/toy.pt")
-    line = cache_line(model, len(PROMPTS))
+    line = cache_line(model, len(Shapes.prompts))
     assert line in README.splitlines(), f"sample.py prints {line!r}"
 
 
@@ -391,7 +393,7 @@ def numbers_of_the_toy() -> dict[str, bool]:
     with torch.device("meta"):
         for attention in ("mla", "dense"):
             model = VideoDiT(replace(toy, attention=attention))
-            bytes_of[attention] = model.make_cache(len(PROMPTS)).nbytes
+            bytes_of[attention] = model.make_cache(len(Shapes.prompts)).nbytes
         parameters = sum(weight.numel() for weight in VideoDiT(toy).parameters())
     saved = 1 - bytes_of["mla"] / bytes_of["dense"]
     metrics = (ROOT / "metrics.py").read_text()
