@@ -117,24 +117,25 @@ class Classifier:
         world = Digits("digits", frames=1, size=size, seed=0)
         draw = torch.Generator().manual_seed(0)
         order = torch.randperm(len(world.images), generator=draw)
-        known = order[HELD_OUT:].repeat(2)
+        known = order[HELD_OUT:]
+        unknown = order[:HELD_OUT]
         digits = torch.from_numpy(world.labels).long()
 
-        frames = drawn(world, known, draw)                   # [2 x 1437, h, w]
+        frames = drawn(world, known, draw)                   # [1437, h, w]
         self.masses = over_pixels(frames).aminmax()
-        sharp, soft = frames.chunk(2)
-        soft = softened(soft, draw)                          # as a model's frames are
-        self.X = normalised(torch.cat([sharp, soft]))
+        frames[::2] = softened(frames[::2], draw)            # as a model's frames are
+        self.X = normalised(frames)
         square = torch.cdist(self.X, self.X).square()
         self.width = square.median().item() / NARROW
         Y = nnf.one_hot(digits[known], len(DIGITS)).double()
         K = (-square / self.width).exp().double()
         K.diagonal().add_(RIDGE)
-        self.weights = torch.linalg.solve(K, Y).float()      # [2 x 1437, 10]
+        self.weights = torch.linalg.solve(K, Y).float()      # [1437, 10]
 
-        unknown = order[:HELD_OUT].repeat(4)                 # each at four places
-        answers = self(drawn(world, unknown, draw))
-        right = answers.argmax(1) == digits[unknown]
+        tested = unknown.repeat(4)                           # each at four places
+        answers = self(drawn(world, tested, draw))
+        right = answers.argmax(1) == digits[tested]
+        self.pictures = known, unknown                       # their numbers in the world
         self.accuracy = right.float().mean().item()
 
     def __call__(self, cover: Tensor) -> Tensor:

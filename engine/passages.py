@@ -26,7 +26,6 @@ G places of a grid. Points are (y, x), y downwards, in pixels. tests/test_passag
 """
 
 import math
-from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -46,6 +45,9 @@ TURNS = np.arange(-12, 12, 0.05)       # turns that are tried, in frames before 
 LATE = 1.0                     # frame: a turn may be so much too early or too late
 AWAY = 1.5                     # pixels at 16 pixels: and so far from its place at the turn
 SHOWN = 3                      # frames of a visit from which a course can be told
+USUAL = 12                     # frames of a crossing, about: where no subject is ever seen
+PARTS = ("out", "colour", "shape", "time", "place")
+ESSENTIAL = PARTS[:4]          # of survival: a place drifts with every small error of speed
 
 
 class Visit(NamedTuple):
@@ -73,104 +75,140 @@ class Course(NamedTuple):
 def templates(size: int) -> tuple[Tensor, Tensor]:
     """(places [Gy, Gx, 2], pictures [S, Gy Gx, h edge]): what can be seen left of the bar."""
     box = Occluder.half_box * size
-    edge = round(Occluder.BAR[0] * size)
+    edge = bar_edge(size)
     step = FINE * size / 16
     y = torch.arange(box, size - box + step, step)
     x = torch.arange(box, edge + box, step)
     places = torch.cartesian_prod(y, x)                      # [Gy Gx, 2]
-    kinds = torch.arange(len(SHAPES))[:, None]               # [S, 1]
-    scale = Occluder.half_box / HALF_BOX
-    pictures = coverage(kinds, places, size, size, scale)    # [S, Gy Gx, h, w]
-    return places.view(len(y), len(x), 2), pictures[..., :edge].flatten(2)
+    kinds = torch.arange(len(SHAPES))
+    pictures = drawn(kinds[:, None], places, size)           # [S, Gy Gx, h, w]
+    places = places.view(len(y), len(x), 2)
+    return places, pictures[..., :edge].flatten(2)
+
+
+def bar_edge(size: int) -> int:
+    """Pixels on either side of the bar."""
+    left, _ = Occluder.BAR
+    return round(left * size)
+
+
+def drawn(kinds: Tensor, places: Tensor, size: int) -> Tensor:
+    """Shapes as the world draws them, without the bar: [..., size, size] in [0, 1]."""
+    return coverage(kinds, places, size, size, Occluder.half_box / HALF_BOX)
 
 
 def whole_mass(size: int) -> float:
     """Pixels that a subject covers, the mean over the three shapes."""
     middle = torch.full((len(SHAPES), 2), size / 2)
     kinds = torch.arange(len(SHAPES))
-    scale = Occluder.half_box / HALF_BOX
-    return float(coverage(kinds, middle, size, size, scale).sum() / len(SHAPES))
+    mass = over_pixels(drawn(kinds, middle, size))
+    return mass.mean().item()
 
 
 def colourful(video: Tensor) -> Tensor:
-    """Chroma, [B, F, h, w] in [0, 1]: black, white and the grey bar have none."""
-    least, most = clamped(video).aminmax(dim=2)
+    """Chroma, [..., h, w] in [0, 1]: black, white and the grey bar have none."""
+    least, most = clamped(video).aminmax(dim=-3)
     return (most - least) / 2
 
 
 def seen_beside(cover: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """For covers [n, h, edge] beside the bar, the bar on their right: (places [n, S, 2], misfit
     [n, S]), each shape's best place and the sum of its squared differences there."""
-    places, pictures = templates(size)                       # [Gy, Gx, 2], [S, Gy Gx, pixels]
-    high, wide = places.shape[:2]
-    found = []
+    places = []
     misfits = []
-    for part in cover.flatten(1).split(256):
-        overlap = part @ pictures.flatten(0, 1).T            # [n, S Gy Gx]
-        square = pictures.square().sum(2).flatten() - 2 * overlap
-        square = square.unflatten(1, (-1, high, wide))       # [n, S, Gy, Gx]
-        least, best = square.flatten(2).min(2)               # [n, S]
-        row = best // wide
-        column = best % wide
-        # A parabola through the best place and its neighbours: finer than the grid.
-        along_y = square.gather(3, column[..., None, None].expand(-1, -1, high, 1))[..., 0]
-        along_x = square.gather(2, row[..., None, None].expand(-1, -1, 1, wide))[..., 0, :]
-        beyond = torch.stack([vertex(along_y, row), vertex(along_x, column)], 2)
-        step = places[1, 1] - places[0, 0]                   # [2]
-        found.append(places.flatten(0, 1)[best] + beyond * step)
-        misfits.append(least + part.square().sum(1, keepdim=True))
-    return torch.cat(found), torch.cat(misfits)
+    for part in cover.flatten(1).split(256):                 # all places of 256 frames are large
+        place, misfit = best_places(part, size)
+        places.append(place)
+        misfits.append(misfit)
+    return torch.cat(places), torch.cat(misfits)
+
+
+def best_places(cover: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """`seen_beside` of covers [n, h edge]."""
+    places, pictures = templates(size)
+    high, wide, _ = places.shape
+    # |cover - picture|^2, for every picture at once, less |cover|^2.
+    overlap = cover @ pictures.flatten(0, 1).T               # [n, S Gy Gx]
+    square = pictures.square().sum(2).flatten() - 2 * overlap
+    square = square.unflatten(1, (-1, high * wide))          # [n, S, Gy Gx]
+    least, best = square.min(2)                              # [n, S]
+    row = best // wide
+    column = best % wide
+
+    # A parabola through the best place and its neighbours: finer than the grid.
+    square = square.unflatten(2, (high, wide))
+    on_column = column[..., None, None].expand(-1, -1, high, 1)
+    on_row = row[..., None, None].expand(-1, -1, 1, wide)
+    along_y = square.gather(3, on_column).squeeze(3)         # [n, S, Gy]
+    along_x = square.gather(2, on_row).squeeze(2)            # [n, S, Gx]
+    beyond = torch.stack([vertex(along_y, row), vertex(along_x, column)], 2)
+    step = places[1, 1] - places[0, 0]                       # [2]
+    place = places.flatten(0, 1)[best] + beyond * step
+    misfit = least + cover.square().sum(1, keepdim=True)
+    return place, misfit
 
 
 def vertex(values: Tensor, best: Tensor) -> Tensor:
     """How far beyond index `best` [n, S] the least of values [n, S, G] is, in steps, -0.5 to
     0.5; 0 at the ends."""
-    inside = best.clamp(1, values.shape[2] - 2)
-    before, here, after = (values.gather(2, inside[..., None] + i)[..., 0] for i in (-1, 0, 1))
-    bend = (before - 2 * here + after).clamp_min(1e-6)
-    beyond = (before - after) / (2 * bend)
-    return torch.where(inside == best, beyond.clamp(-0.5, 0.5), 0.0)
+    inside = best.clamp(1, values.shape[2] - 2)[..., None]
+    before = values.gather(2, inside - 1)
+    here = values.gather(2, inside)
+    after = values.gather(2, inside + 1)
+    bend = before - 2 * here + after
+    beyond = (before - after) / (2 * bend.clamp_min(1e-6))
+    beyond = beyond.clamp(-0.5, 0.5)
+    return torch.where(inside[..., 0] == best, beyond[..., 0], 0.0)
 
 
-def visits_of(video: Tensor) -> tuple[list[list[Visit]], np.ndarray]:
-    """(of each video its visits in their order, twice [B, F]: is it on both sides at once?)
+class Beside(NamedTuple):
+    """A batch of videos beside the bar: both sides, the right one mirrored, frame by frame."""
+    seen: Tensor               # bool [2, B, F]
+    mass: Tensor               # [2, B, F] share of the whole subject
+    colour: Tensor             # [2, B, F] index into COLOURS
+    place: Tensor              # [2, B, F, S, 2] each shape's best place
+    misfit: Tensor             # [2, B, F, S]
 
-    Video [B, F, 3, h, w] in [-1, 1] of square frames."""
+
+def look(video: Tensor) -> Beside:
+    """What video [B, F, 3, h, h] in [-1, 1] shows beside the bar."""
     size = video.shape[-1]
-    edge = round(Occluder.BAR[0] * size)
-    beside = torch.stack([video[..., :edge], video.flip(-1)[..., :edge]])  # [2, B, F, 3, h, edge]
-    cover = torch.stack([colourful(side) for side in beside])
+    edge = bar_edge(size)
+    mirrored = video.flip(-1)
+    both = torch.stack([video[..., :edge], mirrored[..., :edge]])          # [2, B, F, 3, h, edge]
+    cover = colourful(both)                                  # [2, B, F, h, edge]
     shown = cover * (cover > FAINT)                          # noise must not add up
     mass = over_pixels(shown) / whole_mass(size)             # [2, B, F]
     seen = mass >= ENOUGH
-    colours = torch.stack([nearest_colour(side, part, HUES)
-                           for side, part in zip(beside, cover)])
-    places, misfit = seen_beside(cover[seen], size)          # [n, S, 2], [n, S]
-    number = torch.full(seen.shape, -1)
-    number[seen] = torch.arange(len(places))                 # where in them a frame stands
+    colour = nearest_colour(both.flatten(0, 1), cover.flatten(0, 1), HUES)
+    place = torch.zeros(*seen.shape, len(SHAPES), 2)
+    misfit = torch.zeros(*seen.shape, len(SHAPES))
+    if seen.any():
+        place[seen], misfit[seen] = seen_beside(cover[seen], size)
+    return Beside(seen, mass, colour.view(seen.shape), place, misfit)
 
-    videos = []
-    for b in range(len(video)):
-        visits = []
-        for right in (False, True):
-            for frames in runs(seen[int(right), b]):
-                at = (int(right), b, frames)
-                rows = number[at]
-                shape = int(misfit[rows].sum(0).argmin())
-                colour = Counter(colours[at].tolist()).most_common(1)[0][0]
-                y, x = places[rows, shape].T.double().numpy()
-                visits.append(Visit(right, frames.numpy(), mass[at].double().numpy(), y, x,
-                                    shape, colour))
-        videos.append(sorted(visits, key=lambda visit: visit.frames[0]))
-    return videos, seen.all(0).numpy()
+
+def visits_of(beside: Beside, b: int) -> list[Visit]:
+    """The visits of video `b`, in their order."""
+    visits = []
+    for right in (0, 1):
+        for frames in runs(beside.seen[right, b]):
+            at = (right, b, frames)
+            shape = beside.misfit[at].sum(0).argmin().item()
+            colour = beside.colour[at].mode().values.item()
+            y, x = beside.place[at][:, shape].double().numpy().T
+            mass = beside.mass[at].double().numpy()
+            visits.append(Visit(bool(right), frames.numpy(), mass, y, x, shape, colour))
+    return sorted(visits, key=lambda visit: visit.frames[0])
 
 
 def runs(seen: Tensor) -> list[Tensor]:
     """The frames of each unbroken run in seen [F]; a gap of one frame does not break it."""
     frames = seen.nonzero().flatten()
-    if not len(frames):
+    if len(frames) == 0:
         return []
-    ends = (frames.diff() > 2).nonzero().flatten() + 1
+    breaks = frames.diff() > 2
+    ends = breaks.nonzero().flatten() + 1
     return list(frames.tensor_split(ends))
 
 
@@ -184,45 +222,52 @@ def fit(visit: Visit, size: int) -> Course:
     """
     low = Occluder.half_box * size
     weight = visit.mass / visit.mass.sum()
-    middle = visit.frames.mean()
-    turns = middle + TURNS[:, None]                          # [turns, 1]
+    turns = visit.frames.mean() + TURNS[:, None]             # [turns, 1]
     away = np.abs(visit.frames - turns)                      # [turns, n]
     x = np.maximum(visit.x - low, 0)
-    speed = (weight * away * x).sum(1) / (weight * away**2).sum(1).clip(1e-9)
+    product = weight * away * x
+    square = weight * away**2
+    speed = product.sum(1) / square.sum(1).clip(1e-9)        # [turns]
     speed = speed.clip(SLOWEST * size / 16, FASTEST * size / 16)
-    misfit = (weight * (x - speed[:, None] * away)**2).sum(1)
-    best = misfit.argmin()
-    turn = float(turns[best, 0])
+    distance = x - speed[:, None] * away
+    misfit = weight * distance**2
+    best = misfit.sum(1).argmin()
+    turn = turns[best].item()
     y, y_speed = straight(visit, turn, low, size - low)
-    return Course(turn, float(speed[best]), y, y_speed)
+    return Course(turn, speed[best].item(), y, y_speed)
 
 
 def straight(visit: Visit, turn: float, low: float, high: float) -> tuple[float, float]:
     """(y at the turn, speed along y then) of the best line through the visit's y, of which the
     second part may be mirrored at the floor or the ceiling: one bounce at most."""
-    best = (np.inf, 0.0, 0.0)
     time = visit.frames - turn
+    n = len(time)
+    found = []
     for wall in (low, high):
-        for bounce in range(1, len(time) + 1):               # the last: none
-            after = np.arange(len(time)) >= bounce
+        for bounce in range(1, n + 1):                       # the frame that shows it; n: none
+            after = np.arange(n) >= bounce
             y = np.where(after, 2 * wall - visit.y, visit.y)
-            slope, at_turn, misfit = line(time, y, visit.mass)
-            if misfit < best[0] - 1e-9:
-                mirrored = bounce < len(time) and time[bounce] <= 0
-                sign = -1 if mirrored else 1                 # it had bounced before the turn
-                at_turn = 2 * wall - at_turn if mirrored else at_turn
-                best = (misfit, at_turn, sign * slope)
-    return best[1], best[2]
+            misfit, slope, at_turn = line(time, y, visit.mass)
+            if bounce < n and time[bounce] <= 0:             # it had bounced before the turn
+                slope = -slope
+                at_turn = 2 * wall - at_turn
+            found.append((misfit, at_turn, slope))
+    _, y, y_speed = min(found)
+    return y, y_speed
 
 
 def line(time: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[float, float, float]:
-    """(slope, y at time 0, mean squared misfit) of the best line, weighted."""
+    """(mean squared misfit, slope, y at time 0) of the best line, weighted."""
     share = weight / weight.sum()
-    t = time - (share * time).sum()
-    slope = (share * t * y).sum() / max((share * t * t).sum(), 1e-9)
-    middle = (share * y).sum()
-    misfit = (share * (y - middle - slope * t)**2).sum()
-    return slope, middle - slope * (share * time).sum(), misfit
+    mean_time = (share * time).sum()
+    mean_y = (share * y).sum()
+    t = time - mean_time
+    covariance = (share * t * y).sum()
+    variance = (share * t * t).sum()
+    slope = covariance / max(variance, 1e-9)
+    distance = y - mean_y - slope * t
+    misfit = (share * distance**2).sum()
+    return misfit, slope, mean_y - slope * mean_time
 
 
 def folded(y: float, low: float, high: float) -> float:
@@ -243,9 +288,9 @@ class Foretold(NamedTuple):
 
 def foretell(visit: Visit, course: Course, size: int) -> Foretold:
     low = Occluder.half_box * size
-    span = size - 2 * low
-    crossing = span / course.speed
-    y = folded(course.y + course.y_speed * crossing, low, size - low)
+    high = size - low
+    crossing = (high - low) / course.speed
+    y = folded(course.y + course.y_speed * crossing, low, high)
     return Foretold(not visit.right, course.turn + crossing, y, crossing)
 
 
@@ -258,46 +303,51 @@ def judge_video(visits: list[Visit], twice: np.ndarray, size: int, colour: int,
     that there was time for.
     """
     F = len(twice)
-    crossing = 16 / SPEEDS["fast"][0]      # about that of the world's mean speed
     if not visits:
-        return missed(F / crossing)
+        return missed(F / USUAL)
     if colour < 0:
         colour = visits[0].colour
     if shape < 0:
         shape = visits[0].shape
 
     passages = []
-    next_one = None
-    for i, visit in enumerate(visits):
+    told = None
+    since = 0
+    for visit in visits:
         course = fit(visit, size)
-        if next_one:
-            if visit.frames[-1] == F - 1 and next_one.turn > F - 2:
+        ends = visit.frames[-1]
+        if told:
+            if ends == F - 1 and told.turn > F - 2:
                 return passages                              # it had no time to turn
-            meanwhile = slice(visits[i - 1].frames[0], visit.frames[-1] + 1)
-            away = abs(course.y - next_one.y) * 16 / size
-            passages += missed((course.turn - next_one.turn) / next_one.crossing)
-            passages.append({
-                "out": visit.right == next_one.right and not twice[meanwhile].any(),
-                "colour": visit.colour == colour,
-                "shape": visit.shape == shape,
-                "time": bool(abs(course.turn - next_one.turn) <= LATE),
-                "place": bool(away <= AWAY),
-            })
+            passages += missed((course.turn - told.turn) / told.crossing)
+            right = compare(course, told, size)
+            on_its_side = visit.right == told.right
+            right["out"] = on_its_side and not twice[since:ends + 1].any()
+            right["colour"] = visit.colour == colour
+            right["shape"] = visit.shape == shape
+            passages.append(right)
+        since = visit.frames[0]
         if len(visit.frames) >= SHOWN:
-            next_one = foretell(visit, course, size)
-        elif next_one:                                       # too short a visit to tell: as before
-            next_one = next_one._replace(right=not visit.right,
-                                         turn=course.turn + next_one.crossing)
-    if next_one:
-        # In the last frames it is out already, if all is right.
-        late = F - 1 - LATE - next_one.turn
-        passages += missed(late / next_one.crossing + 1)
-    return passages
+            told = foretell(visit, course, size)
+        elif told:                                           # too short to tell: as before
+            told = told._replace(right=not visit.right, turn=course.turn + told.crossing)
+    if not told:                                             # it went after a glimpse or two
+        return missed((F - 1 - visits[-1].frames[-1]) / USUAL)
+    # In the last frames it is out already, if all is right.
+    late = F - 1 - LATE - told.turn
+    return passages + missed(late / told.crossing + 1)
+
+
+def compare(course: Course, told: Foretold, size: int) -> dict[str, bool]:
+    """Are time and place as foretold?"""
+    late = abs(course.turn - told.turn)
+    away = abs(course.y - told.y) * 16 / size
+    return {"time": bool(late <= LATE), "place": bool(away <= AWAY)}
 
 
 def missed(number: float) -> list[dict[str, bool]]:
     """So many passages, rounded down, at which nothing came out."""
-    wrong = dict.fromkeys(("out", "colour", "shape", "time", "place"), False)
+    wrong = dict.fromkeys(PARTS, False)
     return [wrong] * max(0, int(number))
 
 
@@ -315,17 +365,18 @@ def passage_report(video: Tensor, captions: Tensor) -> dict[str, float]:
     NaN where no passage could be foretold, as in videos of a few frames.
     """
     size = video.shape[-1]
-    visits, twice = visits_of(video.float().cpu())
+    beside = look(video.float().cpu())
+    twice = beside.seen.all(0).numpy()
     passages = []
     for b, (colour, thing, _) in enumerate(captions.tolist()):
         wanted = colour - FIRST_COLOUR if colour else -1
         shape = thing - FIRST_SHAPE if thing else -1
-        passages += judge_video(visits[b], twice[b], size, wanted, shape)
+        passages += judge_video(visits_of(beside, b), twice[b], size, wanted, shape)
 
-    held = {name: [right[name] for right in passages]
-            for name in ("out", "colour", "shape", "time", "place")}
-    all_four = [held[name] for name in ("out", "colour", "shape", "time")]
-    held["survival"] = [all(right) for right in zip(*all_four)]
-    if not passages:
-        return dict.fromkeys(held, math.nan)
-    return {name: sum(right) / len(right) for name, right in held.items()}
+    report = dict.fromkeys((*PARTS, "survival"), math.nan)
+    for name in report:
+        needed = ESSENTIAL if name == "survival" else (name,)
+        right = [all(passage[part] for part in needed) for passage in passages]
+        if right:
+            report[name] = sum(right) / len(right)
+    return report

@@ -1,0 +1,145 @@
+"""Properties of engine/digit_metrics.py: true digits are called what they are, and spoiled clips
+fail the metric they are aimed at.
+"""
+
+import pytest
+import torch
+
+from engine import digit_metrics as metrics
+from toy_data import COLOURS, WORDS, make_world
+
+pytest.importorskip("sklearn")
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def true():
+    """100 true clips of 24 frames, and their captions."""
+    return make_world("digits", frames=24, size=SIZE, seed=7).batch(range(100))
+
+
+def share(right: torch.Tensor) -> float:
+    return right.float().mean().item()
+
+
+# ---- the judge is judged first ---------------------------------------------------------------
+
+def test_the_classifier_knows_digits_that_it_has_not_learned_from():
+    judge = metrics.classifier(SIZE)
+    assert judge.accuracy >= 0.97
+    known, unknown = (set(numbers.tolist()) for numbers in judge.pictures)
+    assert not known & unknown, "it was tested on pictures that it had learned"
+    assert len(known) + len(unknown) == 1797
+
+
+def test_the_classifier_is_the_same_every_time(true):
+    video, _ = true
+    frames = metrics.subject(video[:8]).flatten(0, 1)
+    again = metrics.Classifier(SIZE)
+    assert torch.equal(again(frames), metrics.classifier(SIZE)(frames))
+
+
+def test_the_classifier_does_not_care_where_a_digit_is():
+    """To a pixel it is the same digit; between pixels it is drawn otherwise, and is the same
+    digit nine times of ten and more."""
+    world = make_world("digits", frames=1, size=SIZE)
+    judge = metrics.classifier(SIZE)
+    which = torch.arange(150)
+    found = []
+    for place in ((8.0, 8.0), (7.0, 9.0), (8.4, 7.7)):
+        pictures = torch.from_numpy(world.images)[which]
+        centre = torch.tensor(place).expand(len(which), 1, 2)
+        found.append(judge(world.cover(pictures, centre)[:, 0]).argmax(1))
+    assert share(found[0] == found[1]) == 1
+    assert share(found[0] == found[2]) >= 0.95
+
+
+# ---- true clips ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_metrics_are_right_on_true_clips(true, noise):
+    video, captions = true
+    random = torch.Generator().manual_seed(0)
+    video = video + noise * torch.randn(video.shape, generator=random)
+    assert share(metrics.alive(video)) >= 0.995
+    colour = captions[:, :1] - 1
+    assert share(metrics.colour_index(video) == colour) >= 0.995
+    assert share(metrics.digit_index(video) == captions[:, 1:2] - metrics.FIRST_DIGIT) >= 0.98
+    assert share(metrics.caption_match(video, captions)) >= 0.97
+    for asked in (captions, captions * 0):
+        report = metrics.survival_report(video, asked)
+        assert [*report] == ["alive", "colour", "class", "moving", "survival"]
+        assert min(report.values()) >= 0.96, report
+
+
+def test_white_is_a_colour(true):
+    """metrics.subject looks at chroma, of which white has none."""
+    video, captions = true
+    white = captions[:, 0] == WORDS.index("white")
+    seen = metrics.colour_index(video[white])
+    assert white.any() and (seen == list(COLOURS).index("white")).all()
+
+
+# ---- spoiled clips -------------------------------------------------------------------------
+
+def black(video):
+    return video * 0 - 1
+
+
+def faded(video):
+    return (video + 1) * 0.3 - 1
+
+
+def two_digits(video):
+    return torch.maximum(video, video.roll((8, 8), (-2, -1)))
+
+
+def other_colour_at_the_end(video):
+    """Red for green for blue for red; white becomes yellow."""
+    end = video[:, 12:].roll(1, 2)
+    grey = end.amin(2, keepdim=True) == end.amax(2, keepdim=True)
+    blueless = end.clone()
+    blueless[:, :, 2] = -1
+    return torch.cat([video[:, :12], torch.where(grey, blueless, end)], 1)
+
+
+def other_digit_at_the_end(video):
+    """That of the next clip, in the place of this one's, and white: so colour is wrong, too."""
+    cover = (video.amax(2, keepdim=True) + 1) / 2
+    other = cover.roll(1, 0)
+    light = video.amax((1, 3, 4), keepdim=True) + 1          # of each clip's own colour
+    return torch.cat([video[:, :12], other[:, 12:] * light - 1], 1)
+
+
+def frozen(video):
+    return video[:, :1].expand_as(video)
+
+
+SPOILED = {black: "alive", faded: "alive", two_digits: "alive", frozen: "moving",
+           other_colour_at_the_end: "colour", other_digit_at_the_end: "class"}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_spoiled_clips_fail(true, spoil):
+    video, captions = true
+    metric = SPOILED[spoil]
+    limit = 0.05
+    if metric == "class":
+        other = captions[:, 1] != captions[:, 1].roll(1, 0)  # by chance it is the same digit
+        limit += 1 - share(other)
+    spoiled = spoil(video)
+    for asked in (captions, captions * 0):
+        report = metrics.survival_report(spoiled, asked)
+        assert report[metric] <= limit, report
+        assert report["survival"] <= limit, report
+        for name, right in report.items():
+            if metric not in ("alive", name) and name != "survival":
+                assert right >= 0.95, f"{spoil.__name__} is not aimed at {name}: {report}"
+
+
+def test_what_is_no_digit_is_called_none():
+    """Less sure than of nine true digits of ten: shapes that were never drawn."""
+    video, _ = make_world("shapes", frames=1, size=SIZE).batch(range(90))
+    squares = video[make_world("shapes", frames=1, size=SIZE).batch(range(90))[1][:, 1]
+                    == WORDS.index("square")]
+    assert share(metrics.digit_index(squares) >= 0) < 0.2
