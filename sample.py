@@ -309,6 +309,10 @@ def judge(args: argparse.Namespace, model: VideoDiT, about: dict, how: dict) -> 
     if data not in JUDGES:
         raise UserError("--evaluate needs a model of a world whose truth is known "
                         f"({', '.join(JUDGES)}); this one saw {data[:40]!r}")
+    c = model.config
+    if c.channels != 3 or c.height != c.width:
+        raise UserError("--evaluate judges square RGB frames, as the worlds make them; this "
+                        f"model's are {c.channels} x {c.height} x {c.width}")
     with as_user_error():                          # it may want an optional package
         make_world(data)
     report_survival(model, args.evaluate, args.frames, args.seed, data,

@@ -3,6 +3,8 @@
     python -m experiments.quality              trains what is missing in --runs, judges, writes
                                                results/quality.json and the pictures
     python -m experiments.quality --redraw     the picture and the table again, from the JSON
+    python -m experiments.quality --data digits    the same for the digits world, in
+                                               results/quality_digits.json
 
 For each attention and seed there is a folder of `train.py --stage all`. Every stage that can
 stream makes --rollouts videos of --frames frames (960 = one minute at 16 frames a second, 80
@@ -10,13 +12,13 @@ times a training clip) for captions of clips it has not seen. Each stretch of 12
 judged by itself, beside true clips judged by the same functions:
 
     alive, colour, shape, moving, survival    metrics.survival_report of that stretch: shares
-               of rollouts
+               of rollouts; in the digits world class instead of shape (engine/digit_metrics.py)
     match      share of frames that show what the caption says, its speed word included
     speed      mean speed, over that of true clips of the same captions; 1 is right, 0 is frozen
     speeds     distance (Wasserstein-1) between generated and true speeds, over the true mean:
                the whole distribution, not its mean
     residual   what is left of the motion when straight flight with elastic reflections is taken
-               away, over that of true clips
+               away, over that of true clips; of shapes, whose walls are known
 """
 
 import argparse
@@ -37,20 +39,25 @@ from torch import Tensor
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import metrics
 import train
+from engine import digit_metrics
 from engine.checkpoint import load_model
 from engine.command_line import check_bounds, default_device, pick_device, provenance, run
 from engine.streaming import FastStream
 from engine.video_files import to_pixels
 from experiments.stamp import stamp
 from flow import SAMPLERS, Draws, Stream, rollout
-from metrics import alive, caption_match, motion_residual, speed, survival_report
+from metrics import motion_residual
 from mla_video import VideoDiT
 from toy_data import make_world
 
 STRETCH = 12                   # frames that are judged together: a training clip
-METRICS = ("survival", "alive", "colour", "shape", "moving", "match", "speed", "speeds",
-           "residual")
+METRICS = ("survival", "alive", "colour", "shape", "class", "moving", "match", "speed",
+           "speeds", "residual")
+# Worlds whose stretches can be judged one by one, and what sees them: modules that have the same
+# names. (A passage of the occluder takes longer than a stretch.)
+EYES = {"shapes": metrics, "digits": digit_metrics}
 # What is judged: a name, the stage whose model it is, and what differs from its own sampler.
 JUDGED = (
     ("tf", "tf", {}),
@@ -62,23 +69,24 @@ JUDGED = (
 
 # ---- judging --------------------------------------------------------------------------------
 
-def judge(video: Tensor, captions: Tensor, truth: Tensor) -> dict[str, float]:
+def judge(video: Tensor, captions: Tensor, truth: Tensor, eyes=metrics) -> dict[str, float]:
     """The metrics of one stretch [B, 12, 3, h, w], given true clips of the same captions."""
-    found = survival_report(video, captions)
-    found["match"] = caption_match(video, captions).float().mean().item()
-    found["speed"], found["speeds"] = judge_speeds(video, truth)
-    residual = motion_residual(video).nanmean() / motion_residual(truth).nanmean()
-    found["residual"] = residual.item()
+    found = eyes.survival_report(video, captions)
+    found["match"] = eyes.caption_match(video, captions).float().mean().item()
+    found["speed"], found["speeds"] = judge_speeds(video, truth, eyes)
+    if eyes is metrics:                    # a digit's middle turns where its picture decides
+        residual = motion_residual(video).nanmean() / motion_residual(truth).nanmean()
+        found["residual"] = residual.item()
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def judge_speeds(video: Tensor, truth: Tensor) -> tuple[float, float]:
+def judge_speeds(video: Tensor, truth: Tensor, eyes=metrics) -> tuple[float, float]:
     """(speed, speeds) of the videos whose subject is there in nine frames of ten."""
-    there = alive(video).float().mean(1) >= 0.9            # [B]
+    there = eyes.alive(video).float().mean(1) >= 0.9       # [B]
     if not there.any():
         return float("nan"), float("nan")
-    pace = speed(video).mean(1)[there]
-    every_true_pace = speed(truth).mean(1)
+    pace = eyes.speed(video).mean(1)[there]
+    every_true_pace = eyes.speed(truth).mean(1)
     true_pace = every_true_pace[there]                     # of the same captions
     levels = torch.linspace(0, 1, 101, device=video.device)
     apart = (pace.quantile(levels) - true_pace.quantile(levels)).abs().mean()
@@ -116,7 +124,8 @@ def draws_on(device: torch.device, seed: int) -> Draws:
 
 
 @torch.no_grad()
-def curves(model: VideoDiT, captions: Tensor, truth: Tensor, frames: int, seed: int, **how):
+def curves(model: VideoDiT, captions: Tensor, truth: Tensor, frames: int, seed: int,
+           eyes=metrics, **how):
     """(curves, seconds a chunk for the whole batch, frames of the first 4 videos).
 
     Curves are {metric: [its value in each stretch]}; `how` goes to `rollout`.
@@ -135,7 +144,7 @@ def curves(model: VideoDiT, captions: Tensor, truth: Tensor, frames: int, seed: 
         kept.append(chunk[:4].cpu().clone())               # a view would keep all videos
         stretch.append(chunk)
         if len(stretch) * model.config.chunk == STRETCH:
-            found = judge(torch.cat(stretch, 1).float(), captions, truth)
+            found = judge(torch.cat(stretch, 1).float(), captions, truth, eyes)
             for name, value in found.items():
                 points[name].append(value)
             stretch.clear()
@@ -143,7 +152,7 @@ def curves(model: VideoDiT, captions: Tensor, truth: Tensor, frames: int, seed: 
 
 
 @torch.no_grad()
-def switch_test(model: VideoDiT, captions: Tensor, seed: int, at: int = 48,
+def switch_test(model: VideoDiT, captions: Tensor, seed: int, at: int = 48, eyes=metrics,
                 **how) -> list[float]:
     """How soon a new caption shows: it changes at frame `at` to that of another clip.
 
@@ -161,7 +170,7 @@ def switch_test(model: VideoDiT, captions: Tensor, seed: int, at: int = 48,
     made = 0
     for chunk in rollout(stream, at + 24, draws_on(device, seed), **how):
         if made >= at:
-            shown = caption_match(chunk.float(), wanted).all(1)
+            shown = eyes.caption_match(chunk.float(), wanted).all(1)
             shares.append(round(shown[differ].float().mean().item(), 4))
         made += chunk.shape[1]
         if made >= at:
@@ -177,13 +186,15 @@ def main(argv=None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--runs", default="out/quality", help="folder of the runs; what is missing is trained")
+    add("--data", default="shapes", choices=tuple(EYES), help="the world")
+    add("--runs", help="folder of the runs (default: out/quality, out/quality_DATA); what is "
+                       "missing is trained")
     add("--attention", nargs="+", default=["mla", "dense"], choices=("mla", "dense"))
     add("--seeds", type=int, default=3)
     add("--rollouts", type=int, default=256)
     add("--frames", type=int, default=960)
     add("--steps", type=int, help="steps of each stage, if not train.py's own")
-    add("--json", default="results/quality.json")
+    add("--json", help="default: results/quality.json, results/quality_DATA.json")
     add("--redraw", action="store_true",
         help="draw the picture and print the table of the JSON; nothing is run")
     add("--device", default=default_device())
@@ -192,9 +203,17 @@ def main(argv=None) -> None:
 
 def quality(args) -> None:
     check_bounds(args, seeds=(1, 10_000), rollouts=(2, 2**20), frames=(2 * STRETCH, 10**9))
-    path = Path(args.json)
+    name = "quality"
+    if args.data != "shapes":              # the tables and the README are of these
+        name += f"_{args.data}"
+    args.runs = args.runs or f"out/{name}"
+    path = Path(args.json or f"results/{name}.json")
     result = json.loads(path.read_text()) if args.redraw else judge_all(args, path)
-    draw(result, path.with_suffix(".png"))
+    picture = path.with_suffix(".png")
+    if result.get("data", "shapes") == "shapes":
+        draw(result, picture)
+    else:
+        draw_shares(result, picture)
     table(result)
 
 
@@ -202,7 +221,7 @@ def judge_all(args, path: Path) -> dict:
     """Every run, judged. The JSON is written after each, so that an hour's work is not lost."""
     device = pick_device(args.device)
     result = provenance(device)
-    result |= {"rollouts": args.rollouts, "frames": args.frames, "runs": []}
+    result |= {"data": args.data, "rollouts": args.rollouts, "frames": args.frames, "runs": []}
     path.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for attention in args.attention:
@@ -218,8 +237,8 @@ def train_missing(args, attention: str, seed: int, device, folder: Path) -> None
     """All stages of a run, unless they are there already."""
     if (folder / "report_dmd.json").exists():
         return
-    words = ["--stage=all", f"--attention={attention}", f"--seed={seed}", f"--out={folder}",
-             "--evaluate=0", f"--device={args.device}"]
+    words = ["--stage=all", f"--data={args.data}", f"--attention={attention}", f"--seed={seed}",
+             f"--out={folder}", "--evaluate=0", f"--device={args.device}"]
     if args.steps:
         words.append(f"--steps={args.steps}")
     if device.type == "cuda":
@@ -238,7 +257,8 @@ def judge_run(args, attention: str, seed: int, device, folder: Path, path: Path)
     kept = folder / f"judged_{args.rollouts}_{args.frames}.json"
     if kept.exists() and kept.stat().st_mtime > (folder / "dmd.pt").stat().st_mtime:
         return json.loads(kept.read_text())
-    world = make_world("shapes", frames=STRETCH, seed=10_000 + seed)
+    world = make_world(args.data, frames=STRETCH, seed=10_000 + seed)
+    eyes = EYES[args.data]
     truth, captions = world.batch(range(args.rollouts))
     found = {"attention": attention, "seed": seed, "stages": {},
              "training_seconds": {stage: training_seconds(folder, stage)
@@ -247,15 +267,15 @@ def judge_run(args, attention: str, seed: int, device, folder: Path, path: Path)
         model, _ = load_model(folder / f"{stage}.pt")
         model.to(device)
         how = SAMPLERS[stage] | differs
-        points, seconds, video = curves(model, captions, truth, args.frames, seed, **how)
+        points, seconds, video = curves(model, captions, truth, args.frames, seed, eyes, **how)
         found["stages"][name] = {
             "frames": args.frames,
             "seconds_per_chunk": round(seconds, 5),
             "curves": points,
-            "switch": switch_test(model, captions, seed, **how),
+            "switch": switch_test(model, captions, seed, eyes=eyes, **how),
         }
         if (attention, seed) == ("mla", 0) and name == stage:
-            contact_sheet(video, path.with_name(f"quality_{stage}.png"))
+            contact_sheet(video, path.with_name(f"{path.stem}_{stage}.png"))
         last = ", ".join(f"{metric} {values[-1]:.3f}" for metric, values in points.items())
         print(f"{attention} {seed} {name:12} at frame {args.frames}: {last}", flush=True)
         torch.compiler.reset()  # or the graphs of one model count against the next one's limit
@@ -338,24 +358,55 @@ def draw(result: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_shares(result: dict, path: Path) -> None:
+    """A panel for every share of rollouts that the world's report has; lines as in `draw`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    shares = [name for name in measured(result) if name not in ("speed", "speeds")]
+    figure, axes = pyplot.subplots(len(shares), figsize=(7, 2.4 * len(shares)), sharex=True,
+                                   layout="constrained")
+    for axis, metric in zip(axes, shares):
+        axis.set_title(metric)
+        axis.set_ylim(0, 1.05)
+        for stage, attention in product(result["runs"][0]["stages"], ("mla", "dense")):
+            centre, low, high = over_seeds(result, attention, stage, metric)
+            frames = [STRETCH * (i + 10) for i in range(len(centre))]
+            line = "--" if attention == "dense" else "-"
+            axis.plot(frames, centre, line, label=f"{stage}, {attention}")
+    axes[-1].set_xlabel(f"frame (trained on {STRETCH}), mean of 120")
+    axes[0].legend()
+    figure.savefig(path, dpi=110,
+                   metadata={"drawn_by": stamp(result, draw_shares, over_seeds, measured)})
+    pyplot.close(figure)
+
+
+def measured(result: dict) -> list[str]:
+    """Which of METRICS its curves have."""
+    stages = result["runs"][0]["stages"]
+    curves = next(iter(stages.values()))["curves"]
+    return [name for name in METRICS if name in curves]
+
+
 def table(result: dict) -> None:
     """Markdown: each stage over its last 120 frames.
 
     Mean over seeds and, in brackets, the least and the most. (One stretch of 12 frames alone is
     noise: a speed measured over 12 frames changes by a tenth from one to the next.)
     """
-    head = ["attention, stage", "frames", *METRICS, "new caption after 3 chunks", "ms a chunk"]
+    names = measured(result)
+    head = ["attention, stage", "frames", *names, "new caption after 3 chunks", "ms a chunk"]
     print(f"| {' | '.join(head)} |\n|" + "---|" * len(head))
     for attention in dict.fromkeys(run["attention"] for run in result["runs"]):
         runs = [run["stages"] for run in result["runs"] if run["attention"] == attention]
         for name, _, _ in JUDGED:
-            print(table_row(attention, name, [stages[name] for stages in runs]))
+            print(table_row(attention, name, names, [stages[name] for stages in runs]))
 
 
-def table_row(attention: str, name: str, seeds: list[dict]) -> str:
+def table_row(attention: str, name: str, metrics: list[str], seeds: list[dict]) -> str:
     last = seeds[0]["frames"]
     cells = [f"{attention}, {name}", f"{max(0, last - 120)} to {last}"]
-    for metric in METRICS:
+    for metric in metrics:
         cells.append(spread([mean(found["curves"][metric][-10:]) for found in seeds]))
     cells.append(spread([found["switch"][2] for found in seeds]))
     fastest = min(found["seconds_per_chunk"] for found in seeds)

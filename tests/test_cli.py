@@ -74,7 +74,7 @@ def fails_in_one_line(capsys, main, argv: list[str], *words: str, at_most=10_000
     (["--device=quantum"], ["quantum"]),
     (["--attention=sparse"], ["sparse", "mla"]),
     (["--resume"], ["there is no checkpoint"]),
-    (["--data=digits", "--curve=5"], ["--curve"]),
+    (["--stage=score", "--curve=5"], ["--curve", "shapes, digits, occluder", "score model"]),
 ])
 def test_train_refuses(capsys, tmp_path, flags, words):
     fails_in_one_line(capsys, train.main, [f"--out={tmp_path / 'out'}", *flags], *words)

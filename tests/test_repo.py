@@ -53,7 +53,7 @@ ENGINE = ["engine", *(f"engine.{stem}" for stem in (
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench", "spectrum", "quality", "pictures", "captions",
-    "starts", "switches", "tables")]
+    "starts", "switches", "worlds", "tables")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
 
