@@ -37,7 +37,7 @@ JUDGES = {
 }
 
 
-def unseen_captions(number: int, seed: int, data: str = "shapes") -> Tensor:
+def unseen_captions(number: int, seed: int, data: str) -> Tensor:
     """Captions [number, S] of clips of the world `data` that no run with a seed below 10,000
     trains on."""
     _, captions = make_world(data, frames=1, seed=10_000 + seed).batch(range(number))
@@ -67,9 +67,8 @@ def evaluate(model: VideoDiT, captions: Tensor, frames: int, seed: int, *,
     return report(video, captions)
 
 
-def report_survival(model: VideoDiT, rollouts: int, frames: int, seed: int,
-                    data: str = "shapes", *, stream_of: StreamOf = Stream,
-                    **how) -> dict[str, float]:
+def report_survival(model: VideoDiT, rollouts: int, frames: int, seed: int, data: str, *,
+                    stream_of: StreamOf = Stream, **how) -> dict[str, float]:
     """Print and return what the judge of the world `data` finds in `rollouts` videos of it, with
     captions of unseen clips."""
     judge = JUDGES[data]

@@ -21,6 +21,7 @@ if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments import verdicts
+from experiments.worlds import table as table_of_worlds
 from mla_video import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +128,11 @@ def minute() -> str:
     said = (f"{found['rollouts']} videos of {found['frames']} frames at once, mean [least, most] of "
             f"{len(seeds)} seeds, means over the last 120 frames.")
     return f"{markdown(head, rows)}\n\n{said} {origin('quality.json')}"
+
+
+def worlds() -> str:
+    head, rows, below = table_of_worlds(results("worlds.json"))
+    return f"{markdown(head, rows)}\n\n{below}"
 
 
 STAGES = {  # stage: (given, learns, passes a chunk)
@@ -646,7 +652,7 @@ def claims() -> str:
 
 FILES = {
     "README.md": (training, four, claims),
-    "RESULTS.md": (memory, minute, captions, switches, starts, stages, attention, model, rank,
+    "RESULTS.md": (memory, minute, worlds, captions, switches, starts, stages, attention, model, rank,
                    exact),
 }
 TABLES = {table.__name__: table for tables in FILES.values() for table in tables}
