@@ -27,6 +27,8 @@ from flow import SAMPLERS, Stream, VideoDraws, rollout
 from mla_video import VideoDiT
 from toy_data import encode_caption, make_world, prompts_of
 
+NAMES = {"mla": "MLA", "dense": "dense"}
+
 
 def measure(args: argparse.Namespace) -> None:
     check_bounds(args, frames=(12, 10_000), rollouts=(1, 10_000), seed=(0, 2**31))
@@ -95,7 +97,7 @@ def table(found: dict) -> tuple[list[str], list[list[str]], str]:
         shares[-1] = f"**{shares[-1]}**"
         rows.append([
             f"`{data}`",
-            f"{row['attention']}, `{about['stage']}`, {about.get('steps', '?')} steps",
+            f"{NAMES[row['attention']]}, `{about['stage']}`, {about.get('steps', '?')} steps",
             f"{row['rollouts']} videos of {row['frames']} frames, {row['looks_at']}",
             ", ".join(shares),
             f"[frames](results/worlds_{data}.png)",
