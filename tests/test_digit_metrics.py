@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import digit_metrics as metrics
-from toy_data import COLOURS, WORDS, make_world
+from toy_data import COLOURS, WORDS, make_world, offsets
 
 pytest.importorskip("sklearn")
 SIZE = 16
@@ -156,3 +156,12 @@ def test_what_is_no_digit_is_called_none():
     square = captions[:, 1] == WORDS.index("square")
     found = metrics.digit_index(video[square])
     assert share(found >= 0) < 0.2
+
+
+def test_a_blot_is_no_digit():
+    """It is as compact as one, and too much."""
+    middle = torch.tensor([8.0, 8.0])
+    y, x = offsets(middle, SIZE, SIZE)
+    blot = (y * y + x * x <= 30).float()
+    video = (2 * blot - 1).expand(1, 1, 3, SIZE, SIZE)
+    assert not metrics.alive(video).any()
