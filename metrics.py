@@ -376,10 +376,15 @@ def caption_match(video: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
     right_thing = shape_index(video) == thing - FIRST_SHAPE
     right_pace = pace_word(video) == pace
 
-    match = alive(video)                                     # [B, F]
-    match &= right_colour | (colour == 0)
-    match &= right_thing | (thing == 0)
-    match &= right_pace | (pace == 0)
+    words = ((colour, right_colour), (thing, right_thing), (pace, right_pace))
+    return as_said(alive(video), words)
+
+
+def as_said(match: torch.Tensor, words: tuple) -> torch.Tensor:
+    """`match` [B, F], where of each pair in `words` (a word's ids [B, 1], where it is shown
+    [B, F]) the word is shown or was not said."""
+    for word, right in words:
+        match = match & (right | (word == 0))
     return match
 
 

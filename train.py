@@ -527,8 +527,9 @@ def add_what(add) -> None:
              "matching; all: one after the other")
     add("--attention", default="mla", choices=("mla", "dense"))
     add("--data", default="shapes",
-        help="shapes, digits, occluder, or clips of your own: a .npy, .npz, .gif or video "
-             "file, a folder of them, or of numbered pictures")
+        help="shapes, digits, occluder, recall (which needs --config frames=36 --config "
+             "window=36), or clips of your own: a .npy, .npz, .gif or video file, a folder of "
+             "them, or of numbered pictures")
     add("--layout", metavar="AXES",
         help="the axes of your array in their order: N clips, T frames, C channels, H and W "
              "pixels, e.g. NTHW; needed where its shape does not tell")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from metrics import (FASTEST, FIRST_COLOUR, SLOWEST, asked_or_usual, at_16_pixels, between,
+from metrics import (FASTEST, FIRST_COLOUR, SLOWEST, as_said, asked_or_usual, at_16_pixels, between,
                      centre_of_mass, clamped, in_one_place, kept, mostly, nearest_colour,
                      over_pixels, pace_of, side, steady_steps)
 from toy_data import COLOURS, DIGITS, WORDS, Digits
@@ -191,11 +191,8 @@ def caption_match(video: Tensor, captions: Tensor) -> Tensor:
     steps = steady_steps(centroid(video))
     right_pace = pace_of(at_16_pixels(steps, video)) == pace
 
-    match = alive(video)                                     # [B, F]
-    match &= right_colour | (colour == 0)
-    match &= right_thing | (thing == 0)
-    match &= right_pace | (pace == 0)
-    return match
+    words = ((colour, right_colour), (thing, right_thing), (pace, right_pace))
+    return as_said(alive(video), words)
 
 
 def survival_report(

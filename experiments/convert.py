@@ -18,8 +18,9 @@ by the weights alone and by the inputs of the layers (moments_of_weights, moment
 that all learn on by teacher forcing, with the same clips and noise, at C = E / 8 by the inputs;
 so does a model whose attention starts at random.
 
-The rule was written down before results/convert.json. Ratios are of the same seed, intervals
-those of verdicts.py (Student's, 95 %) for their logarithms.
+The rule was written down before either file of results, and not blindly: two smaller models
+had been looked at, and it was changed from differences to ratios after them. Ratios are of the
+same seed, intervals those of verdicts.py (Student's, 95 %) for their logarithms.
     1. "factors" replaces "mean" if at C = E / 8 by the inputs its error right after the cut is
        less (the interval of the ratio lies below 1), and its loss after learning on is not more
        (that interval does not lie above 1).

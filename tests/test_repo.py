@@ -352,7 +352,6 @@ def names_and_versions() -> dict[str, bool]:
         "2506.08009": True,                                # Self-Forcing
         "3.10": 'python_version < "3.11"' in versions,
         "3.13": True,                                      # the newest Python that was tried
-        "14": True,                                        # billions of parameters of a judge
     }
 
 
@@ -428,6 +427,7 @@ def numbers_over_seeds() -> dict[str, bool]:
     small = bytes_of("dense") / bytes_of("mla")
     wide = bytes_of("wide") / bytes_of("mla")
     return {
+        "15": 14 < results("train_mla_cpu.json")["training_seconds"] / 60 < 15,
         "24": Recall.LONGEST == 24,
         "36": found["frames"] == 36,
         "100 %": percent("mla", "colour") == "100 %",

@@ -125,7 +125,8 @@ def test_the_model_is_diffusers_wan_transformer(case, kind, tmp_path):
 def test_bfloat16_is_as_near_float64_as_diffusers_own(tmp_path):
     """Over four models. Ours has all weights in bfloat16, and what steers the blocks in float32:
     nearer than diffusers all in bfloat16 (0.93 of its error), not as near as with the modules
-    that it can keep in float32 (1.09)."""
+    that it can keep in float32 (1.09). The bound was chosen knowing both: a looser one, 1.1 of
+    the worse for each model, let noise levels in bfloat16 pass, which are 1.06 on average."""
     ratios = []
     for case in FIXTURE["cases"]:
         ours = error(*outcome(case, tmp_path, "original", torch.bfloat16))
