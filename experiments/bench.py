@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from attention import crossing, route_flops
+from attention import Route, crossing, route_flops
 from engine.routes import (GPUS, H100, ROUTES, attend_auto, attend_fused, choose_route,
                            gpu_constants, plan, route_counts)
 from engine.streaming import FastStream, FullWindow, LayerRows
@@ -347,12 +347,17 @@ class Bench(Measure):
         return rows
 
     def block_contender(self, kind: str, route: str, compiled: bool, rotated: bool) -> dict:
-        c = self.config
         model = self.model(kind, layers=1)
+        if rotated:
+            block = model.blocks[0]
+            block.attention = StoredRotated.like(block.attention, self.config.dim)
+        return self.timed([self.block_chunk(model, ROUTES[route], compiled)], replays=9)
+
+    def block_chunk(self, model: VideoDiT, attend: Route, compiled: bool) -> Callable:
+        """A function that makes all passes of a chunk through the one block of `model`."""
+        c = self.config
         window = self.window(model)
         block = model.blocks[0]
-        if rotated:
-            block.attention = StoredRotated.like(block.attention, c.dim)
         past, own = window.positions()
         grid = c.height // c.patch, c.width // c.patch
         rope = block.attention.rope
@@ -365,7 +370,7 @@ class Bench(Measure):
 
         def one_pass(x):
             return block(x, level, words, q_table, k_table, cache=window.layers[0],
-                         attend=ROUTES[route])[0]
+                         attend=attend)[0]
 
         call = torch.compile(one_pass, fullgraph=True, dynamic=False) if compiled else one_pass
 
@@ -373,7 +378,7 @@ class Bench(Measure):
             for _ in range(PASSES):
                 call(x)
 
-        return self.timed([chunk], replays=9)
+        return chunk
 
     def block_flops(self, dense: bool) -> int:
         """Useful operations of a pass: linear layers, and attention without up-projection."""

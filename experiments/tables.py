@@ -22,6 +22,7 @@ if not __package__:                    # started by its path
 
 from experiments import convert, verdicts
 from experiments import eight_bits as cache_bits
+from experiments import wan_speed as wan_size
 from experiments.memory import table as recall_table
 from experiments.normal import section
 from experiments.worlds import table as table_of_worlds
@@ -651,12 +652,23 @@ def eight_bits() -> str:
     return f"{markdown(*cache_bits.table(found))}\n\n{said} {judged} {origin('eight_bits.json')}"
 
 
+def wan_speed() -> str:
+    """At Wan's real size. It takes a GPU, so it may not have been measured yet."""
+    name = "wan_speed.json"
+    if not (ROOT / "results" / name).exists():
+        return ("Not measured yet: `python -m experiments.wan_speed --json "
+                "results/wan_speed.json` does it, on one H100.")
+    found = results(name)
+    parts = [markdown(head, rows) for head, rows in wan_size.tables(found)]
+    return "\n\n".join([*parts, f"{wan_size.said(found)} {origin(name)}"])
+
+
 # ---- both files ------------------------------------------------------------------------------
 
 FILES = {
     "README.md": (training, four, claims),
     "RESULTS.md": (memory, minute, recall, worlds, eight_bits, captions, switches, starts,
-                   stages, normal, attention, model, rank, conversion, exact),
+                   stages, normal, attention, model, wan_speed, rank, conversion, exact),
 }
 TABLES = {table.__name__: table for tables in FILES.values() for table in tables}
 
