@@ -39,9 +39,10 @@ def velocity_error(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 
 
 def without_some(caption: Tensor, drop: float, draws: Draws) -> Tensor:
-    """Captions [B, S], a share `drop` of them replaced by "nothing said" (word 0 throughout): a
-    model that also knows how to answer without a caption can be guided later."""
-    keep = draws.uniform(len(caption), 1) >= drop
+    """Captions [B, S], or rows [B, S, text], a share `drop` of them replaced by "nothing said"
+    (0 throughout): a model that also knows how to answer without one can be guided later."""
+    one = [1] * (caption.dim() - 1)                         # a caption is dropped as a whole
+    keep = draws.uniform(len(caption), *one) >= drop
     return caption * keep
 
 

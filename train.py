@@ -9,6 +9,8 @@ distillation, distribution matching.
     python train.py --attention dense          the baseline: the same model, standard attention
     python train.py --from-dense PATH          such a model becomes MLA and learns on, as the
                                                paper's did
+    python train.py --from-dense wan.safetensors --data latents.safetensors
+                                               released weights, on latents with rows of text
     python train.py --deterministic            the same bits every time
     python train.py --resume                   go on from out/train.pt, with its flags
     python train.py --resume --steps 4000      the same, up to 4000 steps in all
@@ -29,10 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from engine.clips import open_world
-from engine.command_line import (UserError, as_user_error, between_steps, check_bounds,
-                                 default_device, pick_device, provenance, read_flags,
+from engine.command_line import (UserError, between_steps, check_bounds, default_device,
+                                 pick_device, provenance, read_flags,
                                  repeatable, run)
+from engine.homogeneous import model_of
 from engine.judging import cache_line
 from engine.muon import Muon
 from engine.parallel import (any_of, join, mean_over_processes, my_device, processes, rank,
@@ -40,8 +42,8 @@ from engine.parallel import (any_of, join, mean_over_processes, my_device, proce
 from engine.progress import Progress
 from engine.run_files import (as_begun, asked_for, check_conversion, check_flags, check_memory,
                               check_nothing_is_lost, check_resumable, finish, judge, kept,
-                              make_config, read_losses, read_state, report, save, sole_writer,
-                              starting_weights, trainable)
+                              make_config, make_world, read_losses, read_state, report, save,
+                              size_name, sole_writer, starting_weights, trainable)
 from engine.trainer import (Resumable, blend, compiled, fast_products, frozen_copy,
                             rename_window, reopen_window, side_by_side)
 from flow import FEW_STEPS, SAMPLERS, Stream
@@ -383,7 +385,7 @@ def train(trainer: Trainer, out: Path, curve: int = 0, save_every: int | None = 
 def train_from(args: argparse.Namespace) -> None:
     """Everything is checked before anything is written. UserError for what the user can
     mend."""
-    check_bounds(args, steps=(1, 10**9), batch=(1, 2**16), evaluate=(0, 10_000),
+    check_bounds(args, rate=(1e-6, 1e6), steps=(1, 10**9), batch=(1, 2**16), evaluate=(0, 10_000),
                  curve=(0, 10**9), save_every=(1, 10**9), seed=(0, 2**31), workers=(0, 64))
     device = pick_device(my_device(args.device))
     args.machine = device.type
@@ -400,15 +402,13 @@ def train_from(args: argparse.Namespace) -> None:
 def train_stages(args: argparse.Namespace, state: dict | None, device: torch.device) -> None:
     """The stages that are asked for, from the start, or from `state` on."""
     path = Path(args.out) / "train.pt"
-    config = make_config(args)
+    config = make_config(args, state)
     check_memory(config, device, processes() if args.shard else 1)
-    with as_user_error():
-        world = open_world(args.data, config.frames, config.height, args.seed,
-                           args.layout, args.border)
+    world = make_world(args, config)
     stages = [args.stage]
     if args.stage == "all":
         stages = list(STAGES)
-    recipes = {stage: make_recipe(args, stage) for stage in stages}
+    recipes = {stage: make_recipe(args, stage, world) for stage in stages}
     ahead = stages
     if state is None:
         check_nothing_is_lost(path, recipes)
@@ -428,14 +428,17 @@ def train_stages(args: argparse.Namespace, state: dict | None, device: torch.dev
             state = None
 
 
-def make_recipe(args: argparse.Namespace, stage: str) -> Recipe:
-    """`recipe_for` with what the command line sets, and its own value where it sets nothing."""
-    given = {"seed": args.seed}
+def make_recipe(args: argparse.Namespace, stage: str, world) -> Recipe:
+    """`recipe_for` with what the world and the command line set, and its own value where they
+    set nothing."""
+    given = {**getattr(world, "recipe", {}), "seed": args.seed}
     for name in ("steps", "batch"):
         value = getattr(args, name)
         if value is not None:
             given[name] = value
-    return recipe_for(stage, torch.device(args.machine), **given)
+    recipe = recipe_for(stage, torch.device(args.machine), **given)
+    return replace(recipe, lr_muon=args.rate * recipe.lr_muon,
+                   lr_adamw=args.rate * recipe.lr_adamw)
 
 
 def recipe_to_go_on(args: argparse.Namespace, state: dict) -> Recipe:
@@ -471,7 +474,7 @@ def train_stage(args: argparse.Namespace, recipe: Recipe, config: Config, world,
     stage = recipe.stage
     out = Path(args.out)
     torch.manual_seed(args.seed)       # initial weights; all else depends on (seed, step)
-    model = VideoDiT(config)
+    model = model_of(config)
     score = None
     if stage == "dmd":
         score = VideoDiT(config)
@@ -490,7 +493,7 @@ def train_stage(args: argparse.Namespace, recipe: Recipe, config: Config, world,
     where = device.type
     if args.machine != where:
         where += f", by train.pt's recipe, which is for {args.machine}"
-    say(f"{stage}: {config.attention} {args.preset}, {weights:,} parameters; "
+    say(f"{stage}: {config.attention} {size_name(args, config)}, {weights:,} parameters; "
         f"{recipe.batch} clips of {config.frames} frames a step from {world.name}; "
         f"{where}; starts from {origin}")
     if world.reads:
@@ -529,7 +532,8 @@ def add_what(add) -> None:
     add("--data", default="shapes",
         help="shapes, digits, occluder, recall (which needs --config frames=36 --config "
              "window=36), or clips of your own: a .npy, .npz, .gif or video file, a folder of "
-             "them, or of numbered pictures")
+             "them, or of numbered pictures. For released weights: a .safetensors file with "
+             "latents [clips, frames, channels, h, w] and text [clips, rows, width]")
     add("--layout", metavar="AXES",
         help="the axes of your array in their order: N clips, T frames, C channels, H and W "
              "pixels, e.g. NTHW; needed where its shape does not tell")
@@ -545,7 +549,8 @@ def add_what(add) -> None:
              "there; OUT/tf.pt for cd, OUT/cd.pt for dmd)")
     add("--from-dense", metavar="PATH",
         help="a model of --attention dense, trained on the same data; as MLA it is what the "
-             "stage starts from (with --stage all: stage tf)")
+             "stage starts from (with --stage all: stage tf). Or released weights of Wan's "
+             "shape, with latents as --data")
     add("--conversion", default="data", choices=("data", "weights"),
         help="where --from-dense cuts: where inputs made of 32 clips lose least, or by the "
              "weights alone")
@@ -565,6 +570,8 @@ def add_how(add) -> None:
         help="steps of each stage, earlier runs included (default, on a CPU / a GPU: "
              f"{', '.join(defaults)})")
     add("--batch", type=int, help="clips per step (default: 16 on a CPU, 64 on a GPU)")
+    add("--rate", type=float, default=1.0, metavar="TIMES",
+        help="learning rates, as a multiple of the recipe's")
     add("--seed", type=int, default=0)
     add("--device", default=default_device())
     add("--evaluate", type=int, default=64, metavar="N",

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from engine.command_line import UserError
+from engine.homogeneous import config_of, model_of
 from mla_video import Config, VideoDiT
 
 # All that the pickle of a checkpoint may name. torch.load(weights_only=True) allows more, among
@@ -274,7 +275,7 @@ def build_model(path: Path, config: dict, weights: dict[str, Tensor]) -> VideoDi
         raise UserError(f"{path}: the weights are of another config: "
                         f"{config.layers} layers of {len(weights)} tensors")
     with torch.device("meta"):                     # allocates nothing: the sizes may not match
-        model = VideoDiT(config)
+        model = model_of(config)
     check_weights(path, weights, model.state_dict())
     single = {name: value.float() for name, value in weights.items()}
     model.load_state_dict(single, assign=True)
@@ -288,7 +289,7 @@ def _read_config(path: Path, settings: dict) -> Config:
         raise UserError(f"{path} was written for another version: "
                         f"unknown settings {names[:200]}")
     try:
-        return Config(**settings)
+        return config_of(settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} describes no model: {str(error)[:200]}") from error
 

@@ -43,15 +43,17 @@ CLIPS = 32                                 # whose tokens tell the second moment
 @torch.no_grad()
 def moments_on(model: VideoDiT, video: Tensor, caption: Tensor, seed: int = 0) -> list[Tensor]:
     """M [E, E] of every self-attention of a dense model, in float64, over the tokens that
-    teacher forcing makes of these clips: clean ones and noisy ones."""
+    teacher forcing makes of these clips: clean ones and noisy ones. Model and clips are on one
+    device, the answer is on the CPU."""
     found = []
 
     def keep(layer, arguments, output):
         x = arguments[0].flatten(0, 1).double()            # [B L, E]
-        found.append(x.T @ x / len(x))
+        M = x.T @ x / len(x)
+        found.append(M.cpu())
 
     hooks = [block.attention.W_K.register_forward_hook(keep) for block in model.blocks]
-    draws = Draws(torch.Generator().manual_seed(seed))
+    draws = Draws(torch.Generator(video.device).manual_seed(seed))
     teacher_forcing_loss(model, video, caption, draws)
     for hook in hooks:
         hook.remove()

@@ -31,10 +31,18 @@ stays where it is, and W_Q is the dense layer's.
 Exact where C >= rank [W_K; W_V] and, for what turns, in the three cases of MLA.from_dense: no
 rope; R = H * d_h, a slice a head; or a shared key of R < d_h channels, where heads agree up to
 complex factors (E4) and the other channels do not turn. Below that it is an approximation by
-the same cuts. tests/test_homogeneous.py: norms and biases on and off, both routes, masks.
+the same cuts, of which three parts stay exact: queries, biases, gains and W_O, at any C; content
+and rho for inputs that lie in no more than C directions, if their moment says so (C1); and what
+does not turn in (H3). tests/test_homogeneous.py: norms and biases on and off, both routes, masks.
+
+MLA of attention.py cannot hold such rows: it has no constant beside its latent, and its norm
+divides the latent for values as well. So a released model becomes a `HomogeneousDiT`, in which
+this layer stands for the dense one. It trains, streams and is saved as any model is; its config
+says attention "homogeneous". Only sizes of `HomogeneousConfig` and its layer are new.
 """
 
 import copy
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +53,8 @@ from attention import (Dense, Route, attend_absorbed, attend_materialised, linea
                        shared_key, split_content, turning_channels)
 from cache import Rows
 from engine.convert import roots
-from mla_video import VideoDiT
-from rope3d import Table, rotate
+from mla_video import Config, VideoDiT, need
+from rope3d import Rope3D, Table, rotate
 
 
 class HomogeneousMLA(nn.Module):
@@ -70,9 +78,10 @@ class HomogeneousMLA(nn.Module):
         self.scale = dense.scale
         self.eps = eps
         self.widths = (C + 1, R)
-        self.turning = turning
-        self.content = [channel for channel in range(d) if channel not in turning]
-        N = len(self.content)
+        self.turning = runs(turning)
+        content = [channel for channel in range(d) if channel not in turning]
+        self.content = runs(content)
+        N = len(content)
         self.W_Q = copy.deepcopy(dense.W_Q)
         self.norm_q = copy.deepcopy(dense.norm_q)
         self.W_DKV = linear(E, C)
@@ -99,7 +108,7 @@ class HomogeneousMLA(nn.Module):
         """x [B, L, E] attends to `rows` of T tokens: [B, L, E]."""
         s, k_rope = rows
         q = self.norm_q(self.W_Q(x)).unflatten(-1, (self.heads, -1))      # [B, L, H, d]
-        q_nope = q[..., self.content]                                     # [B, L, H, N]
+        q_nope = channels(q, self.content)                                # [B, L, H, N]
         q_turned = rotate(self.rope_queries(q), q_table)                  # [B, L, H, R]
         k_turned = rotate(k_rope, k_table)                                # [B, T, R]
         W_UK = self.W_UK.weight.unflatten(0, (self.heads, -1))            # [H, N, C + 1]
@@ -115,9 +124,30 @@ class HomogeneousMLA(nn.Module):
         if not self.content:                                              # (E2): its own slice
             own = torch.eye(self.heads, dtype=q.dtype, device=q.device)
             return einsum(q, own, "b l h d, h k -> b l h k d").flatten(3)
+        batch = q.shape[0]
         real, imaginary = self.alpha
-        turned = rotate(q[..., self.turning].flatten(0, 1), (real, -imaginary))       # (E3)
-        return turned.unflatten(0, q.shape[:2])
+        q = channels(q, self.turning)
+        turned = rotate(q.flatten(0, 1), (real, -imaginary))                          # (E3)
+        return turned.unflatten(0, (batch, -1))
+
+
+def runs(numbers: list[int]) -> list[slice]:
+    """Rising numbers as slices: 0 1 2 5 6 are [0:3] and [5:7]. (A list as an index would be
+    copied to a GPU at every call, which a CUDA graph cannot hold.)"""
+    found = []
+    for number in numbers:
+        if found and found[-1].stop == number:
+            found[-1] = slice(found[-1].start, number + 1)
+        else:
+            found.append(slice(number, number + 1))
+    return found
+
+
+def channels(x: Tensor, which: list[slice]) -> Tensor:
+    """The channels `which` of x [..., d]."""
+    if not which:
+        return x[..., :0]
+    return torch.cat([x[..., run] for run in which], dim=-1)
 
 
 def materialised(q_nope, q_turned, s, k_turned, W_UK, W_UV, scale, mask) -> Tensor:
@@ -177,7 +207,7 @@ def from_dense(dense: Dense, C: int, R: int | None = None,
     M = torch.eye(E, dtype=wide, device=W_K.device) if moment is None else moment.to(W_K)
     S, inverse = roots(M)
 
-    content = mla.content
+    content = [channel for channel in range(E // H) if channel not in turning]
     white = K[:, content].flatten(0, 1) @ S
     W_DKV, W_UK, W_UV = split_content(white, W_V @ S, C)
     W_DKV = W_DKV @ inverse
@@ -211,13 +241,77 @@ def matrix_and_bias(projection: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, 
     return W, projection.bias.to(dtype)
 
 
+# ---- models ----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class HomogeneousConfig(Config):
+    """A `Config` whose self-attention is `HomogeneousMLA`. `latent` is the width of a row,
+    C + 1; `rope` is R, less than a head, or all of `dim`: a slice a head, exact. With attention
+    "dense" it is the model that such a one is made of. `query_latent` has no meaning."""
+
+    attention: str = "homogeneous"
+
+    def __post_init__(self):
+        plain = {**asdict(self), "attention": "dense"}
+        Config(**plain)                                    # all that is checked of a dense one
+        head = self.dim // self.heads
+        need(self.attention in ("homogeneous", "dense"),
+             f"attention must be 'homogeneous', got {str(self.attention)[:40]!r}")
+        need(2 <= self.latent <= self.dim + 1,
+             f"a dense model of width {self.dim} becomes MLA with latent between 2 and "
+             f"{self.dim + 1}, got {self.latent}")
+        need(self.rope < head or self.rope == self.dim,
+             f"rope must be less than a head's {head} channels, or all {self.dim}, got "
+             f"{self.rope}")
+        if self.rope < head:
+            Rope3D(self.rope, head)                        # raises for an impossible split
+
+
+class HomogeneousDiT(VideoDiT):
+    """A VideoDiT of a `HomogeneousConfig`. Its weights are drawn at random, to be loaded."""
+
+    def __init__(self, config: HomogeneousConfig):
+        super().__init__(config)                           # with dense attention
+        c = config
+        for block in self.blocks:
+            dense = block.attention
+            turning, rope = turning_channels(dense.rope, c.rope, c.heads, c.dim // c.heads)
+            eps = c.eps_rms if c.norm else None
+            block.attention = HomogeneousMLA(dense, c.latent - 1, turning, rope, eps)
+
+
+def config_of(settings: dict) -> Config:
+    """The Config, of either kind, that asdict made these settings of; TypeError or ValueError
+    if it is none."""
+    kind = Config
+    if settings.get("attention") == "homogeneous":
+        kind = HomogeneousConfig
+    return kind(**settings)
+
+
+def model_of(config: Config) -> VideoDiT:
+    """A new model of a Config of either kind."""
+    if config.attention == "homogeneous":
+        return HomogeneousDiT(config)
+    return VideoDiT(config)
+
+
 def replace_attention(model: VideoDiT, C: int, R: int,
-                      moments: list[Tensor] | None = None) -> VideoDiT:
-    """A copy of a dense model with every self-attention as `HomogeneousMLA`. It streams through
-    the same cache, whose rows are C + 1 + R numbers. Its config stays the dense one: a
-    checkpoint of it is not one of this project's."""
-    model = copy.deepcopy(model)
+                      moments: list[Tensor] | None = None) -> HomogeneousDiT:
+    """The model that a dense one becomes: every self-attention by `from_dense`, everything else
+    as it is. It streams through the same cache, whose rows are C + 1 + R numbers. ValueError for
+    C or R out of range."""
+    sizes = {**asdict(model.config), "attention": "homogeneous", "latent": C + 1, "rope": R}
+    config = HomogeneousConfig(**sizes)
+    with torch.device("meta"):                             # allocates nothing
+        made = HomogeneousDiT(config)
+    weights = model.state_dict()
     for layer, block in enumerate(model.blocks):
+        prefix = f"blocks.{layer}.attention."
+        weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
         moment = None if moments is None else moments[layer]
-        block.attention = from_dense(block.attention, C, R, moment)
-    return model
+        new = from_dense(block.attention, C, R, moment)
+        weights |= {prefix + name: value for name, value in new.state_dict().items()}
+    own = {name: value.clone() for name, value in weights.items()}     # not the dense model's
+    made.load_state_dict(own, assign=True)
+    return made

@@ -58,10 +58,10 @@ def play(args: argparse.Namespace, device: torch.device,
     `stream_of(model, captions, negative)` opens the stream."""
     check_flags(args)
     path = path_of(args)
-    model = open_model(args, device)
+    model, stage = open_model(args, device)
     captions, negative = captions_for(args, model)
     frames = args.frames if "frames" in args.given else model.config.frames
-    how = sampling(args)
+    how = sampling(args, stage)
     stream = stream_of(model, captions, negative)
     begin = time.perf_counter()
     with lock(path.parent, path.name):             # one process at a time writes a file
@@ -136,18 +136,21 @@ def read_sizes(items: list[str]) -> dict[str, int]:
     return sizes
 
 
-def sampling(args: argparse.Namespace) -> dict:
-    """How a chunk is sampled; levels are shifted as Self-Forcing's and Wan's, by 5."""
-    sampler = args.sampler or "consistency"
+def sampling(args: argparse.Namespace, stage: str = "") -> dict:
+    """How a chunk is sampled; levels are shifted as Self-Forcing's and Wan's, by 5. By default
+    as a distilled model is, unless it is known to be of stage tf."""
+    sampler = args.sampler or ("euler" if stage == "tf" else "consistency")
     function = {"euler": euler, "consistency": consistency}[sampler]
     return dict(sampler=partial(function, k=FEW_SHIFT), steps=args.steps or STEPS[sampler])
 
 
 # ---- what goes in ----------------------------------------------------------------------------
 
-def open_model(args: argparse.Namespace, device: torch.device) -> VideoDiT:
-    """The model of --checkpoint: released weights, or train.py's own that take rows. On a GPU
-    it runs in bfloat16, as its authors run it, elsewhere in the dtype of its file."""
+def open_model(args: argparse.Namespace, device: torch.device) -> tuple[VideoDiT, str]:
+    """The model of --checkpoint: released weights, or train.py's own that take rows; and the
+    stage of training that it ended, "" if nobody says. On a GPU it runs in bfloat16, as its
+    authors run it, elsewhere in the dtype of its file."""
+    stage = ""
     sizes = read_sizes(args.config)
     if is_wan(args.checkpoint):
         model = load_wan(args.checkpoint, **sizes)
@@ -155,13 +158,17 @@ def open_model(args: argparse.Namespace, device: torch.device) -> VideoDiT:
         raise UserError(f"--config says what released weights do not; {args.checkpoint} says "
                         "all sizes itself")
     else:
-        model, _ = load_model(args.checkpoint)
+        model, about = load_model(args.checkpoint)
+        stage = str(about.get("stage"))
     if not model.config.text:
         raise UserError(f"{args.checkpoint} takes words, not rows of a text encoder: "
                         "use --prompt alone")
+    if model.config.attention == "homogeneous" and args.route in ("reference", "fused"):
+        raise UserError(f"--route {args.route} is not for {args.checkpoint}, which was made of "
+                        "released weights: use --route materialised or absorbed")
     if device.type == "cuda":
-        return model.to(device, torch.bfloat16)
-    return model.to(device)
+        return model.to(device, torch.bfloat16), stage
+    return model.to(device), stage
 
 
 def captions_for(args: argparse.Namespace, model: VideoDiT) -> tuple[Tensor, Tensor | None]:

@@ -385,6 +385,8 @@ def route_name(model, batch: int, name: str) -> str:
     c = model.config
     if c.attention == "dense":
         return "dense"
+    if c.attention == "homogeneous":               # it knows two: engine/homogeneous.py
+        return "absorbed" if name == "absorbed" else "materialised"
     if name != "auto":
         return name
     V = c.dim // c.heads

@@ -19,12 +19,16 @@ from statistics import mean
 
 import torch
 
+from engine import wan_training
 from engine.checkpoint import (find_model, load_model, previous, read_last_good, save_model,
                                write_atomically)
+from engine.clips import open_world
 from engine.command_line import UserError, as_user_error
 from engine.convert import (CLIPS, MLA_ALONE, check_alike, convert, moments_of_weights,
                             moments_on)
+from engine.homogeneous import model_of
 from engine.judging import JUDGES, evaluate, report_survival, unseen_captions
+from engine.latent_clips import Latents, are_latents
 from engine.loader import WorkerDied
 from engine.locks import lock
 from engine.normal import judge_next_chunk, loss_lines, next_chunk_line
@@ -32,6 +36,7 @@ from engine.parallel import processes, rank
 from engine.progress import watched
 from engine.trainer import Resumable
 from engine.video_files import GifWriter, to_pixels
+from engine.wan import is_wan
 from flow import SAMPLERS, Draws, Stream, rollout
 from mla_video import PRESETS, Config, VideoDiT
 from objectives import score_loss, teacher_forcing_loss
@@ -44,9 +49,9 @@ STATE = {"config", "recipe", "asked", "step", "seconds", "learner", "critic", "f
 KEPT = {"stage": str, "data": str, "layout": (str, type(None)), "border": bool, "preset": str,
         "attention": str, "config": list, "steps": (int, type(None)),
         "batch": (int, type(None)), "seed": int, "deterministic": bool,
-        "from_dense": (str, type(None)), "conversion": str}
+        "from_dense": (str, type(None)), "conversion": str, "rate": float}
 # What a train.pt that is older than a flag was begun with.
-BEFORE = {"from_dense": None, "conversion": "data", "started": ""}
+BEFORE = {"from_dense": None, "conversion": "data", "started": "", "rate": 1.0}
 # And what train.pt holds besides: the kind of device that the recipe is for, which data it was,
 # whatever its file is called, and the stage of the weights that the run started from.
 ASKED = {**KEPT, "machine": str, "fingerprint": str, "started": str}
@@ -65,8 +70,14 @@ def fits_the_data(config: Config) -> bool:
     return config.height == config.width and config.channels == 3
 
 
-def make_config(args: argparse.Namespace) -> Config:
-    """The preset, with --attention and every --config NAME=N."""
+def make_config(args: argparse.Namespace, state: dict | None = None) -> Config:
+    """The preset, with --attention and every --config NAME=N; for latents, the sizes of the
+    weights, or of the run that goes on."""
+    if are_latents(args.data):
+        return wan_training.config_for(args, state)
+    if args.from_dense and is_wan(args.from_dense):
+        raise UserError(f"{args.from_dense} holds released weights: they learn on latents with "
+                        "rows of text, so name a .safetensors file of them with --data")
     sizes = read_sizes(args.config)
     with as_user_error():
         config = replace(PRESETS[args.preset], attention=args.attention, words=len(WORDS),
@@ -75,6 +86,11 @@ def make_config(args: argparse.Namespace) -> Config:
         raise UserError("the data makes square RGB frames; the config wants "
                         f"{config.channels} x {config.height} x {config.width}")
     return config
+
+
+def size_name(args: argparse.Namespace, config: Config) -> str:
+    """The preset, or what stands for it where sizes are those of released weights."""
+    return "of Wan's shape" if config.text else args.preset
 
 
 def read_sizes(items: list[str]) -> dict[str, int]:
@@ -91,6 +107,15 @@ def read_sizes(items: list[str]) -> dict[str, int]:
                             f"got {item!r}")
         chosen[name] = int(value)
     return chosen
+
+
+def make_world(args: argparse.Namespace, config: Config):
+    """The clips of --data, for a model of this config."""
+    with as_user_error():
+        if are_latents(args.data):
+            return Latents(Path(args.data), config, args.seed)
+        return open_world(args.data, config.frames, config.height, args.seed, args.layout,
+                          args.border)
 
 
 def check_flags(args: argparse.Namespace, recipes: dict, world) -> None:
@@ -136,7 +161,7 @@ def check_memory(config: Config, device: torch.device, shards: int) -> None:
 
 def count_weights(config: Config) -> int:
     with torch.device("meta"):                             # allocates nothing
-        model = VideoDiT(config)
+        model = model_of(config)
     return sum(weight.numel() for weight in model.parameters())
 
 
@@ -224,7 +249,9 @@ def check_conversion(args: argparse.Namespace, ahead: list[str], config: Config,
     """UserError if one of the stages `ahead` is to start from a dense model that cannot become
     MLA of `config`: now, and not when that stage begins."""
     stage = converting_stage(args)
-    if stage in ahead:
+    if stage in ahead and are_latents(args.data):
+        wan_training.load_dense(args, config)
+    elif stage in ahead:
         load_dense(args.from_dense, stage, config, world)
 
 
@@ -248,6 +275,8 @@ def load_dense(source: str, stage: str, config: Config, world) -> VideoDiT:
 def from_dense(args: argparse.Namespace, stage: str, config: Config, world) -> VideoDiT:
     """The MLA model of `config` that the model of --from-dense becomes, by the inputs of its
     layers on clips of `world` or by its weights alone."""
+    if are_latents(args.data):
+        return wan_training.become_mla(args, config, world)
     dense = load_dense(args.from_dense, stage, config, world)
     if args.conversion == "weights":
         moments = moments_of_weights(dense)
@@ -340,6 +369,7 @@ def check_resumable(path: Path, state: dict, args: argparse.Namespace, stages: l
     check_same(path, "seed", theirs["seed"], args.seed)
     check_same(path, "--from-dense", asked["from_dense"], args.from_dense)
     check_same(path, "--conversion", asked["conversion"], args.conversion)
+    check_same(path, "--rate", asked["rate"], args.rate)
     if args.batch is not None:
         check_same(path, "batch", theirs["batch"], args.batch)
     # Which clips they are decides, and not what their file is called.
@@ -531,7 +561,10 @@ def report(trainer: Resumable, out: Path, rollouts: int, about: dict) -> None:
         by_noise = loss_by_noise(trainer)
         shown = ", ".join(f"{low:.1f}-{top:.1f}: {loss:.4f}" for low, top, loss in by_noise)
         print(f"loss by noise level: {shown}")
-    if stage in SAMPLERS:
+    more = f"--frames 480 --out {quoted(out / 'long.gif')}"
+    if isinstance(trainer.world, Latents):
+        more = wan_training.write_sample(trainer, out)
+    elif stage in SAMPLERS:
         write_sample(trainer, out / "sample.gif")
     if stage in SAMPLERS and rollouts and trainer.world.name in JUDGES:
         judged = report_survival(trainer.ema, rollouts, 10 * config.frames, recipe.seed,
@@ -554,5 +587,4 @@ def report(trainer: Resumable, out: Path, rollouts: int, about: dict) -> None:
     print(f"trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {out} now: "
           f"{', '.join(names)}")
     if stage in SAMPLERS:
-        print(f"next: python sample.py --checkpoint {quoted(out / 'model.pt')} --frames 480 "
-              f"--out {quoted(out / 'long.gif')}")
+        print(f"next: python sample.py --checkpoint {quoted(out / 'model.pt')} {more}")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cache import RollingCache
 from engine.command_line import UserError
+from engine.homogeneous import model_of
 from engine.loader import Batches, batches
 from engine.parallel import (SharedDraws, all_parts, like, my_part, processes, recordable,
                              whole)
@@ -408,5 +409,6 @@ class Resumable:
     def put_together(self) -> None:
         """Training is over: the average as an ordinary model again, on every process."""
         weights = whole(self.ema.state_dict())
-        self.ema = VideoDiT(self.model.config).to(self.device).eval().requires_grad_(False)
+        model = model_of(self.model.config).to(self.device)
+        self.ema = model.eval().requires_grad_(False)
         self.ema.load_state_dict(weights)

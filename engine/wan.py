@@ -99,10 +99,12 @@ def plain_name(name: str) -> str:
 # ---- files -----------------------------------------------------------------------------------
 
 def is_wan(path: str | Path) -> bool:
-    """Whether `load_wan` is who should read this: a .safetensors file, a folder of them, or a
-    .pt file that names a patch embedding. Nothing in it is run."""
+    """Whether `load_wan` is who should read this: a .safetensors file, a folder of them without a
+    model.pt of train.py, or a .pt file that names a patch embedding. Nothing in it is run."""
     path = Path(path)
     if path.is_dir():
+        if (path / "model.pt").is_file():
+            return False                                   # a folder of train.py
         folder = weights_folder(path)
         return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
     if path.suffix.lower() == ".safetensors":

@@ -48,11 +48,11 @@ MODEL = ["rope3d", "cache", "attention", "mla_video"]
 LEARNING = ["flow", "objectives"]
 WORLDS = ["toy_data", "metrics"]
 ENGINE = ["engine", *(f"engine.{stem}" for stem in (
-    "command_line", "locks", "progress", "quantised", "routes", "streaming", "switching",
+    "command_line", "convert", "homogeneous", "locks", "progress", "quantised", "routes", "streaming", "switching",
     "parallel", "muon", "loader", "checkpoint", "video_files", "terminal", "prompts",
     "digit_metrics", "passages", "judging", "about", "layouts", "pixel_values", "framing",
-    "clip_files", "clips", "starts", "trainer", "normal", "convert", "homogeneous",
-    "run_files", "wan", "wan_video", "latents"))]
+    "clip_files", "clips", "starts", "trainer", "normal", "wan", "wan_video",
+    "latents", "latent_clips", "wan_training", "run_files"))]
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench",

@@ -47,10 +47,11 @@ def test_what_grows_with_the_width_is_counted_as_torch_counts(form, attend):
             rows = torch.empty(1, T, C), torch.empty(1, T, 6)
             if form == "merged":
                 layer = Merged(layer)
-            tables = [(torch.empty(n, 3), torch.empty(n, 3)) for n in (L, T)]
+            q_table = torch.empty(2, L, 3)
+            k_table = torch.empty(2, T, 3)
             with FlopCounterMode(display=False) as count:
                 layer.rows(x)
-                layer(x, rows, *tables, None, attend)
+                layer(x, rows, q_table, k_table, None, attend)
         counts.append(count.get_total_flops())
     ends = [growing_operations(form, L, T, C, config) for C in (4, 8)]
     assert ends[1] - ends[0] == counts[1] - counts[0]
@@ -64,8 +65,10 @@ def section_of(growths: dict[str, list[float]]) -> dict:
     for form, by_window in growths.items():
         for window, grows in enumerate(by_window):
             times = {}
+            of_a_block = grows * 12 / 30
             for C in WIDTHS:
-                ms = 10 + (C - 64) / 448 * grows * 12 / 30
+                share = (C - 64) / 448
+                ms = 10 + share * of_a_block
                 times[str(C)] = dict(ms=ms, low=ms, high=ms)
             rows[f"{form} {window}"] = {"form": form, "by C": times}
     return {"layers": 30, "video frames": 12, "rows": rows}
