@@ -33,7 +33,7 @@ from mla_video import PRESETS, Config, VideoDiT
 
 STAGES = ("tf", "cd")
 NAMES = ("heads", "frames", "chunk", "window", "sink", "slots", "latent", "rope")
-OF_PIXELS = ("preset", "layout", "border", "curve", "score", "evaluate")
+OF_PIXELS = ("preset", "layout", "border", "curve", "score")
 TOKENS = 2**13                         # clean ones, that tell the second moment of a layer's inputs
 
 

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 
 from attention import Dense
 from engine.command_line import provenance
+from engine.homogeneous import config_of, model_of
 from engine.routes import GPUS, H100, Counts, Gpu, form_counts, route_counts, waves
 from engine.streaming import FullWindow
 from mla_video import PRESETS, Config, VideoDiT
@@ -247,11 +248,12 @@ class Measure:
         return attention_sizes(self.config)
 
     def model(self, kind: str, layers: int | None = None) -> VideoDiT:
-        """A model of the run's sizes without a gate of zero: nothing is skipped or trivial."""
+        """A model of the run's sizes without a gate of zero: nothing is skipped or trivial. `kind`
+        is an attention, of Config or of HomogeneousConfig (then `latent` is C + 1)."""
         torch.manual_seed(0)
-        config = replace(self.config, attention=kind, layers=layers or self.config.layers)
+        sizes = {**asdict(self.config), "attention": kind, "layers": layers or self.config.layers}
         with torch.device(self.device):
-            model = VideoDiT(config).to(self.dtype).eval().requires_grad_(False)
+            model = model_of(config_of(sizes)).to(self.dtype).eval().requires_grad_(False)
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
         return model

@@ -16,7 +16,8 @@ from engine.command_line import UserError
 from engine.homogeneous import HomogeneousConfig, HomogeneousDiT, model_of, replace_attention
 from engine.latent_clips import DROP, Latents, shapes_of
 from engine.wan import load_wan
-from flow import Draws
+from engine.streaming import FastStream
+from flow import Draws, Stream
 from lab import EXACT, Dice, assert_same, error
 from mla_video import Config
 from objectives import teacher_forcing_loss
@@ -214,6 +215,20 @@ def test_a_checkpoint_of_it_is_one_of_this_project(wan_file, tmp_path):
         assert torch.equal(model.state_dict()[name], value.half().float()), name
 
 
+def test_it_streams_compiled_as_it_does_plainly(wan_file):
+    """One graph once the window is full, as on a GPU."""
+    model = replace_attention(dense_of(wan_file, frames=9, window=6, sink=1), C=7, R=6).float()
+    rows = Dice(0).normal(1, 5, 6).float()
+    plain = Stream(model, rows)
+    fast = FastStream(model, rows, backend="aot_eager")
+    for chunk in range(4):
+        x = Dice(chunk).normal(1, 3, 2, 4, 6).float()
+        assert error(fast.velocity(x, 0.8), plain.velocity(x, 0.8)) < 1e-5
+        fast.commit(x)
+        plain.commit(x)
+    assert fast.fast is not None, "the window was never full"
+
+
 @pytest.mark.parametrize("changes, words", [
     (dict(latent=26), "latent between 2 and 25"), (dict(latent=1), "latent between 2 and 25"),
     (dict(rope=12), "less than a head's 12 channels"), (dict(rope=7), "even number"),
@@ -262,6 +277,19 @@ def test_weights_and_latents_need_each_other(wan_file, data, tmp_path, capsys):
     assert "no released weights" in said
 
 
+def test_without_any_clip_the_weights_decide_where_to_cut(wan_file, data, tmp_path):
+    """--conversion weights makes another model of the same sizes."""
+    made = {}
+    for conversion in ("data", "weights"):
+        out = tmp_path / conversion
+        train.main([f"--from-dense={wan_file}", f"--data={data}", f"--out={out}", *FLAGS,
+                    f"--conversion={conversion}", "--steps=1"])
+        made[conversion] = load_model(out / "tf.pt")[0]
+    assert made["data"].config == made["weights"].config
+    first, second = (model.blocks[0].attention.W_DKV.weight for model in made.values())
+    assert error(first, second) > 0.1
+
+
 def test_from_released_weights_to_a_stream(wan_file, data, tmp_path, capsys):
     """20 steps on a CPU, at a hundred times the rate for real weights: the loss falls; the run is
     gone on with; its checkpoint streams; cd starts from it."""
@@ -285,7 +313,7 @@ def test_from_released_weights_to_a_stream(wan_file, data, tmp_path, capsys):
     stream = [f"--checkpoint={out / 'model.pt'}", f"--text={out / 'text.safetensors'}",
               "--frames=18", f"--out={video}", "--device=cpu", "--steps=2"]
     for route in ("materialised", "absorbed"):
-        sample.main([*stream, f"--route={route}", "--compile"])
+        sample.main([*stream, f"--route={route}"])
         made = safetensors.load_file(video)["latents"]
         assert made.shape == (18, 1, 2, 4, 6) and made.isfinite().all()
     capsys.readouterr()
