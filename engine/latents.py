@@ -166,6 +166,9 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[VideoDiT
     if model.config.attention == "homogeneous" and args.route in ("reference", "fused"):
         raise UserError(f"--route {args.route} is not for {args.checkpoint}, which was made of "
                         "released weights: use --route materialised or absorbed")
+    if model.config.attention == "homogeneous" and args.cache != "float32":
+        raise UserError(f"--cache {args.cache} would round the size of a row, by which values are "
+                        f"divided: {args.checkpoint} takes --cache float32")
     if device.type == "cuda":
         return model.to(device, torch.bfloat16), stage
     return model.to(device), stage

@@ -97,6 +97,21 @@ def test_captions_are_dropped_as_often_as_the_recipe_says(code, drop, seed):
     assert (teacher.caption == told).all(), f"drop = {drop}: word 0 is 'none'"
 
 
+@forall(rows=st.integers(2, 4), width=st.integers(1, 3), seed=seeds)
+def test_a_caption_of_rows_is_dropped_as_a_whole(code, rows, width, seed):
+    """A text encoder's rows: all of a video's, or none; and the same videos as of words."""
+    kept = {}
+    for what, shape in {"words": (32, rows), "rows": (32, rows, width)}.items():
+        caption = torch.ones(shape)
+        made = code.objectives.without_some(caption, 0.5, draws(code, seed))
+        assert made.shape == caption.shape
+        told = made.flatten(1)
+        assert (told == told[:, :1]).all(), f"{what} of a caption were dropped apart"
+        kept[what] = told[:, 0]
+    assert torch.equal(kept["words"], kept["rows"])
+    assert 0 < kept["rows"].sum() < 32
+
+
 @forall(steps=st.integers(1, 8), **shapes)
 def test_the_sampler_follows_the_true_velocity_to_the_data(code, B, chunks, size, steps, seed):
     """(F3): all paths of this field are straight, so any number of Euler steps arrives."""

@@ -3,6 +3,7 @@ coordinates as a model of this project, and train.py from the weights to a strea
 random."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -290,6 +291,21 @@ def test_without_any_clip_the_weights_decide_where_to_cut(wan_file, data, tmp_pa
     assert error(first, second) > 0.1
 
 
+def test_a_run_that_is_gone_on_with_is_the_same_run(wan_file, data, tmp_path):
+    """From the save half-way: bit for bit the weights of the run that was not interrupted."""
+    whole = tmp_path / "whole"
+    train.main([f"--from-dense={wan_file}", f"--data={data}", f"--out={whole}", *FLAGS,
+                "--steps=4", "--save-every=2", "--rate=100"])
+    part = tmp_path / "part"
+    part.mkdir()
+    shutil.copy(whole / "train.prev.pt", part / "train.pt")
+    assert torch.load(part / "train.pt", weights_only=True)["step"] == 2
+    train.main(["--resume", f"--out={part}", "--device=cpu"])
+    want = load_model(whole / "tf.pt")[0].state_dict()
+    for name, value in load_model(part / "tf.pt")[0].state_dict().items():
+        assert torch.equal(value, want[name]), name
+
+
 def test_from_released_weights_to_a_stream(wan_file, data, tmp_path, capsys):
     """20 steps on a CPU, at a hundred times the rate for real weights: the loss falls; the run is
     gone on with; its checkpoint streams; cd starts from it."""
@@ -318,6 +334,7 @@ def test_from_released_weights_to_a_stream(wan_file, data, tmp_path, capsys):
         assert made.shape == (18, 1, 2, 4, 6) and made.isfinite().all()
     capsys.readouterr()
     assert "--route fused is not for" in refused(capsys, [*stream, "--route=fused"], sample.main)
+    assert "--cache int8 would" in refused(capsys, [*stream, "--cache=int8"], sample.main)
 
     train.main(["--stage=cd", f"--data={data}", f"--out={out}", "--device=cpu", "--steps=2"])
     assert json.loads((out / "report_cd.json").read_text())["attention"] == "homogeneous"
