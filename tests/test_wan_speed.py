@@ -129,6 +129,18 @@ def test_a_run_goes_on_from_its_rows_and_not_from_anothers(tmp_path, capsys):
     assert stopped.value.code == 2 and said.count("\n") == 1 and "another" in said
 
 
+@pytest.mark.parametrize("limit, predicted, found", [
+    (93, 100, (92, 94)), (93, 90, (93, 94)), (93, 93, (93, 94)), (9, 12, (9, 10)), (0, 3, (None, 1)),
+    (900, 300, (366, None)),
+])
+def test_the_largest_batch_is_looked_for_near_the_prediction(limit, predicted, found):
+    args = wan_speed.parse(["--quick", "--cpu"])
+    speed = wan_speed.WanSpeed(args)
+    speed.fits = lambda model, videos, layers, turn: videos <= limit
+    near = speed.near(None, predicted)
+    assert (near["videos"], near["too_many"]) == found
+
+
 @pytest.mark.rest
 def test_every_section_runs_on_a_cpu(tmp_path):
     path = tmp_path / "speed.json"
