@@ -45,7 +45,7 @@ from engine.run_files import (as_begun, asked_for, check_conversion, check_flags
                               make_config, make_world, read_losses, read_state, report, save,
                               size_name, sole_writer, starting_weights, trainable)
 from engine.trainer import (Resumable, blend, compiled, fast_products, frozen_copy,
-                            rename_window, reopen_window, side_by_side)
+                            recompute, rename_window, reopen_window, side_by_side)
 from flow import FEW_STEPS, SAMPLERS, Stream
 from mla_video import Config, VideoDiT
 from objectives import (consistency_loss, critic_loss, dmd_gradient, dmd_loss, score_loss,
@@ -284,6 +284,8 @@ class Trainer(Resumable):
         if sharded:                        # before the optimisers, which must hold the shards
             for network in networks.values():
                 shard(network)
+        if model.config.text:              # Wan's size: what one clip leaves would fill a GPU
+            recompute(self.model)
         self.learner = Learner(self.model, recipe)
         self.critic = None
         if recipe.stage == "dmd":

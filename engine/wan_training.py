@@ -8,6 +8,7 @@ come from the weights (engine/wan.py), from the latents (engine/latent_clips.py)
 its norms and biases (engine/homogeneous.py); where it is cut, the inputs on clips of the file
 decide, or with --conversion weights the weights alone. Stage tf makes a bidirectional model
 causal; cd starts from a causal one. A real score of rows is not trained here, so neither is dmd.
+What is inside a block is made again in the backward pass (engine/trainer.py: recompute).
 tests/test_latent_clips.py.
 """
 

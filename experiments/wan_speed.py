@@ -7,7 +7,8 @@ content latent costs in time and in memory, and which inference the paper can ha
 
 Sections. `model`: the whole model, 30 layers, by FastStream over a full window, compiled, as
 `sample.py` runs it. `latent`: *one* block, eager, as a CUDA graph, over C, windows and routes;
-frames/s are those of so many blocks as the model has, without embedding and head. `batch`: bytes
+frames/s are those of so many blocks as the model has, without embedding and head, and no form is
+timed whose attention was not checked against float64 in that run. `batch`: bytes
 a video, and the largest batch. The JSON is written after every row, and a run goes on from the
 rows that are there.
 
@@ -32,6 +33,7 @@ tests/test_wan_speed.py: the merged form is the reference's in float64, and the 
 
 import argparse
 import contextlib
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -46,14 +48,14 @@ from torch import Tensor, nn
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from attention import MLA, Route, attend_absorbed, sdpa
+from attention import MLA, Route, attend_absorbed, attend_reference, sdpa
 from cache import Rows
 from engine.command_line import UserError, run
 from engine.routes import ROUTES
 from experiments.bench import PASSES, Bench
 from experiments.measure import attention_sizes
 from mla_video import Config, VideoDiT
-from rope3d import Table, rotate
+from rope3d import Table, grid_coords, rotate
 
 VIDEO_FRAMES = 4                       # of video for a latent frame, by Wan's VAE
 WIDTHS = (64, 128, 192, 256, 512)      # C
@@ -312,15 +314,16 @@ class WanSpeed(Bench):
         found = {}
         for C in self.widths:
             with self.sized(latent=C):
-                row = self.attempt(lambda: {"": self.recorded([self.block_of(form)])})
+                row = self.attempt(lambda: self.recorded_block(form))
             if "failed" in row:
                 found[str(C)] = row
             else:
-                recorded[str(C)] = row[""]
+                recorded[str(C)] = row.pop("recorded")
+                found[str(C)] = row
         frames = VIDEO_FRAMES * self.config.chunk
         for C, times in self.timed_in_turn(recorded, replays=9).items():
             seconds = self.layers * times["ms"] / 1e3
-            found[C] = times | {"video_frames_per_s": frames / seconds}
+            found[C] |= times | {"video_frames_per_s": frames / seconds}
         return {C: found[C] for C in sorted(found, key=int)}
 
     def least_growth(self, form: str) -> float:
@@ -336,14 +339,33 @@ class WanSpeed(Bench):
         teraflops = self.out["ceilings"]["matmul_tflops"]
         return passes * (ends[1] - ends[0]) / teraflops / 1e9
 
-    def block_of(self, form: str) -> Callable:
-        """The passes of a chunk through one block, by this form."""
+    def recorded_block(self, form: str) -> dict:
+        """The passes of a chunk through one block, by this form, ready to be timed, and the error
+        of its attention."""
         model = self.model("mla", layers=1)
         attend = ROUTES.get(form, attend_absorbed)
+        block = model.blocks[0]
+        exact = copy.deepcopy(block.attention).double()
         if form == "merged":
-            block = model.blocks[0]
             block.attention = Merged(block.attention).requires_grad_(False)
-        return self.block_chunk(model, attend, compiled=False)
+        error = self.error_of(block.attention, attend, exact)
+        chunk = self.block_chunk(model, attend, compiled=False)
+        return dict(error=error, recorded=self.recorded([chunk]))
+
+    def error_of(self, layer: MLA | Merged, attend: Route, exact: MLA) -> float:
+        """Relative error of a layer's output against the reference in float64, for the last
+        tokens of a frame or two; ValueError if it is more than rounding. No time without it."""
+        c = self.config
+        frames = torch.arange(2, device=self.device)
+        coords = grid_coords(frames, c.height // c.patch, c.width // c.patch)[-2048:]
+        cos, sin = layer.rope.table(coords)
+        queries = min(512, len(coords))
+        x = self.noise_like(torch.empty(1, len(coords), c.dim, device="meta"))
+        end = x[:, -queries:]
+        last = cos[-queries:], sin[-queries:]
+        got = layer(end, layer.rows(x), last, (cos, sin), None, attend)
+        want = exact(end.double(), exact.rows(x.double()), last, (cos, sin), None, attend_reference)
+        return self.checked_error(got, want)
 
     # ---- batch -------------------------------------------------------------------------------
 

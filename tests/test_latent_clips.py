@@ -2,6 +2,7 @@
 coordinates as a model of this project, and train.py from the weights to a stream. All weights are
 random."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from engine.checkpoint import load_model, save_model
 from engine.command_line import UserError
 from engine.homogeneous import HomogeneousConfig, HomogeneousDiT, model_of, replace_attention
 from engine.latent_clips import DROP, Latents, shapes_of
+from engine.trainer import compiled, recompute
 from engine.wan import load_wan
 from engine.streaming import FastStream
 from flow import Draws, Stream
@@ -179,6 +181,33 @@ def test_at_full_rank_it_is_the_released_model(wan_file):
     for name, weight in dense.named_parameters():
         if name in own and weight.grad.abs().max() > 1e-12:
             assert_same(own[name].grad, weight.grad, 1e-8, f"the gradient of {name}")
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_what_is_made_again_for_the_backward_pass_is_the_same(wan_file, backend):
+    """Loss and gradients with and without recomputation; and less is kept meanwhile."""
+    made = replace_attention(dense_of(wan_file), C=7, R=6)
+    again = copy.deepcopy(made)
+    recompute(again)
+    dice = Dice(0)
+    x0 = dice.normal(2, 6, 2, 4, 6)
+    rows = dice.normal(2, 5, 6)
+    kept = []
+    found = []
+    for model in (made, compiled(again, backend)):
+        sizes = []
+        draws = Draws(torch.Generator().manual_seed(1))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,
+                                                      lambda x: x):
+            loss, _, _ = teacher_forcing_loss(model, x0, rows, draws)
+        loss.backward()
+        found.append(loss)
+        kept.append(sum(sizes))
+    assert_same(found[1], found[0], EXACT, "the loss")
+    others = dict(again.named_parameters())
+    for name, weight in made.named_parameters():
+        assert error(others[name].grad, weight.grad) < EXACT, name
+    assert backend or kept[1] < kept[0] / 3
 
 
 def test_below_full_rank_it_is_exact_for_inputs_of_few_directions(code):
