@@ -301,7 +301,7 @@ class WanSpeed(Bench):
                 with self.sized(window=window):
                     self.row("latent", f"{form}, {window} frames",
                              lambda: {"by C": self.by_width(form)}, form=form, window=window,
-                             least_growth=self.least_growth(form))
+                             growth_by_operations=self.growth_by_operations(form))
         section["judged"] = verdict(section)
         if self.quick:
             section["judged"]["verdict"] = "cannot be told: these are not Wan's sizes"
@@ -326,9 +326,10 @@ class WanSpeed(Bench):
             found[C] |= times | {"video_frames_per_s": frames / seconds}
         return {C: found[C] for C in sorted(found, key=int)}
 
-    def least_growth(self, form: str) -> float:
-        """By how many ms a frame of video the form must grow from the narrowest C to the widest
-        if all its products ran as fast as this card's largest."""
+    def growth_by_operations(self, form: str) -> float:
+        """By how many ms a frame of video the form grows from the narrowest C to the widest if
+        time is operations, all as fast as in this card's largest product. (It can grow by less:
+        where C is narrow, making keys waits for memory and not for operations.)"""
         c = self.config
         L = c.chunk * c.tokens
         T = c.window * c.tokens
@@ -473,7 +474,7 @@ def latent_rows(rows: dict) -> list[list]:
             continue
         line = [name]
         line += [rate(times) for times in row["by C"].values()]
-        lines.append([*line, f"{row['least_growth']:.2f}"])
+        lines.append([*line, f"{row['growth_by_operations']:.2f}"])
     widths = list(next(row["by C"] for row in rows.values() if "by C" in row))
     if widths == [str(C) for C in WIDTHS]:
         line = [f"{PAPER[C]:.2f}" if C in PAPER else "" for C in WIDTHS]
@@ -511,7 +512,7 @@ def tables(found: dict) -> list[tuple[list, list[list]]]:
         if timed:
             widths = [f"C = {C}" for C in timed[0]]
             made.append((["frames of video/s, by blocks alone", *widths,
-                          "must grow, ms a frame"], latent_rows(rows)))
+                          "grows by operations, ms a frame"], latent_rows(rows)))
     if "batch" in sections:
         made.append((["window of a whole clip", "GB a video", "of it cache", "videos that fit",
                       "/ dense", "GB, the paper", "/ dense, the paper (B200)"],
@@ -537,8 +538,9 @@ def said(found: dict) -> str:
     return (f"The paper's table 5a has {paper}: a range of {RANGE:.2f} ms a frame. A form can have "
             f"been timed if from the narrowest C to the widest it grows by at most {CAN:.2f} ms "
             f"a frame at one of the windows, and cannot if it grows by more than {CANNOT:.1f} at "
-            f"all. Verdict: {judged['verdict']}. (The last column: what its operations alone "
-            f"make it grow by, all at the speed of this card's largest product.){without}")
+            f"all. Verdict: {judged['verdict']}. (The last column: how much it would grow if "
+            "time were operations, all at the speed of this card's largest product; it can be less "
+            f"where narrow products wait for memory.){without}")
 
 
 # ---- the command line ------------------------------------------------------------------------
