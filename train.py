@@ -41,7 +41,7 @@ from engine.progress import Progress
 from engine.run_files import (as_begun, asked_for, check_conversion, check_flags, check_memory,
                               check_nothing_is_lost, check_resumable, finish, judge, kept,
                               make_config, read_losses, read_state, report, save, sole_writer,
-                              starting_weights, trainable)
+                              starting_weights, trainable, with_words_of)
 from engine.trainer import (Resumable, blend, compiled, fast_products, frozen_copy,
                             rename_window, reopen_window, side_by_side)
 from flow import FEW_STEPS, SAMPLERS, Stream
@@ -405,6 +405,7 @@ def train_stages(args: argparse.Namespace, state: dict | None, device: torch.dev
     with as_user_error():
         world = open_world(args.data, config.frames, config.height, args.seed,
                            args.layout, args.border)
+    config = with_words_of(world, config)
     stages = [args.stage]
     if args.stage == "all":
         stages = list(STAGES)

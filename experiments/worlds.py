@@ -32,7 +32,7 @@ from engine.normal import WINDOWS, next_chunk_errors
 from experiments.quality import begin, contact_sheet
 from flow import SAMPLERS, VideoDraws, rollout
 from mla_video import VideoDiT
-from toy_data import Clips, encode_caption, make_world
+from toy_data import Clips, make_world
 
 NAMES = {"mla": "MLA", "dense": "dense"}
 
@@ -115,7 +115,7 @@ def picture_of(path: Path, data: str) -> Path:
 def draw(model: VideoDiT, about: dict, world: Clips, args: argparse.Namespace,
          path: Path) -> None:
     """A contact sheet of the world's default captions: a column a video, time downwards."""
-    captions = torch.stack([encode_caption(prompt) for prompt in world.prompts])
+    captions = torch.stack([world.encode(prompt) for prompt in world.prompts])
     stream = begin(model, captions)
     draws = VideoDraws(args.seed, len(captions))
     how = SAMPLERS[about["stage"]]

@@ -49,7 +49,7 @@ LEARNING = ["flow", "objectives"]
 WORLDS = ["toy_data", "metrics"]
 ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "command_line", "locks", "progress", "quantised", "routes", "streaming", "switching",
-    "parallel", "muon", "loader", "checkpoint", "video_files", "terminal", "prompts",
+    "parallel", "muon", "loader", "checkpoint", "video_files", "terminal", "own_words", "prompts",
     "digit_metrics", "passages", "judging", "about", "layouts", "pixel_values", "framing",
     "clip_files", "clips", "starts", "trainer", "normal", "convert", "homogeneous",
     "run_files", "wan", "wan_video", "latents"))]
