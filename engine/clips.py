@@ -87,7 +87,7 @@ class Stored(Clips):
         for stack in self.stacks:
             for number in range(len(stack.clips)):
                 self.places.append((stack, number))
-        self.read_words(path, files)
+        self.read_words(path)
         self.held_out = []                 # numbers of clips
         if len(self.places) >= ENOUGH:
             self.held_out = list(range(HELD_OUT - 1, len(self.places), HELD_OUT))
@@ -95,10 +95,11 @@ class Stored(Clips):
         self.drawn = [clip for clip in range(len(self.places)) if clip not in held]
         self.reads = "; ".join(self.in_words(path, reader.values.in_words()))
 
-    def read_words(self, path: Path, files: list[Path]) -> None:
+    def read_words(self, path: Path) -> None:
         """Captions, if there are any: their words, and four to show."""
         self.said = []
         counts = [len(stack.clips) for stack in self.stacks]
+        files = [stack.path for stack in self.stacks]      # a short clip's is left out
         captions = read_captions(path, files, counts)
         if not captions:
             return

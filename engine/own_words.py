@@ -77,18 +77,20 @@ def learn_words(path: Path, captions: list[str]) -> Vocabulary:
 # ---- where they stand ------------------------------------------------------------------------
 
 def read_captions(path: Path, files: list[Path], counts: list[int]) -> list[str]:
-    """A caption for each clip of `path`, whose files hold `counts` clips; [] if there are none.
+    """A caption for each clip of `path`, whose `files` hold so many (`counts`) that are long
+    enough to be used; [] if there are none.
 
     UserError, one line, for another number of captions than of clips, for captions in two
     places, and for a text that is none.
     """
     sources = []                                           # (whose they are, captions)
-    beside = path.parent / f"{path.resolve().name}.txt"
+    whole = path.resolve()                                 # "." has no name
+    beside = whole.parent / f"{whole.name}.txt"
     if path.is_file():
-        beside = path.with_suffix(".txt")
+        beside = whole.with_suffix(".txt")
     if beside.is_file():
         sources.append((beside, lines_of(beside, sum(counts))))
-    inside = captions_inside(files, counts)
+    inside = captions_inside(path, files, counts)
     if inside:
         sources.append((path, inside))
     if len(sources) > 1:
@@ -96,18 +98,17 @@ def read_captions(path: Path, files: list[Path], counts: list[int]) -> list[str]
     return sources[0][1] if sources else []
 
 
-def captions_inside(files: list[Path], counts: list[int]) -> list[str]:
+def captions_inside(path: Path, files: list[Path], counts: list[int]) -> list[str]:
     """Of .npz files that have `captions`, or of a text beside each file of a folder."""
     found = []
     without = []
     captions = []
     for file, count in zip(files, counts):
-        text = file.with_suffix(".txt")
         own = None
         if file.suffix.lower() == ".npz":
             own = captions_of_archive(file, count)
-        if own is None and len(files) > 1 and text.is_file():
-            own = lines_of(text, count)
+        if own is None and file != path and file.with_suffix(".txt").is_file():
+            own = lines_of(file.with_suffix(".txt"), count)
         if own is None:
             without.append(file)
         else:
@@ -146,5 +147,6 @@ def captions_of_archive(path: Path, count: int) -> list[str] | None:
 
 def checked(path: Path, captions: list[str], count: int) -> list[str]:
     if len(captions) != count:
-        raise UserError(f"{path} has {len(captions):,} captions, and there are {count:,} clips")
+        raise UserError(f"{path} has {len(captions):,} captions, and there are {count:,} clips "
+                        "that are long enough")
     return captions
