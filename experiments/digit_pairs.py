@@ -5,6 +5,7 @@
 They are scikit-learn's pictures of 8 x 8, enlarged to 24 x 24. Where two meet, the brighter
 pixel shows. In the file are `clips`, uint8 [N, T, 64, 64], and `captions`, [N], which name the
 two digits, for instance "three seven". A clip is a pure function of --seed and its number.
+train.py takes the file with --layout NTHW: by its shape alone it could be time first.
 """
 
 import argparse
