@@ -39,6 +39,7 @@ from engine.command_line import (UserError, as_user_error, check_bounds, default
 from engine.judging import JUDGES, cache_line, report_survival
 from engine.locks import lock
 from engine.progress import Progress
+from engine.own_words import Vocabulary, vocabulary_of
 from engine.prompts import captions_at, complete, never_shown, read_prompts
 from engine.quantised import FORMATS, make_cache, why_not
 from engine.routes import ROUTES, route_name, why_not_fused
@@ -49,7 +50,7 @@ from engine.terminal import Screen, open_screen
 from engine.video_files import Writer, open_video, path_of, to_pixels
 from flow import SAMPLERS, GuidedStream, Stream, VideoDraws, consistency, euler, rollout
 from mla_video import VideoDiT
-from toy_data import CAPTION_SLOTS, WORDS, decode_caption, make_world, prompts_of
+from toy_data import CAPTION_SLOTS, WORDS, decode_caption, encode_caption, make_world, prompts_of
 
 TOY = Path(__file__).parent / "checkpoints/toy.pt"
 
@@ -82,9 +83,11 @@ def play(args: argparse.Namespace) -> None:
     start = frames_of_start(args, model)
     frames = args.frames and args.frames + start.shape[1]
     prompts = prompts_for(args, about)
-    schedule = captions_by_frame(prompts, model.config.chunk, frames)
-    with as_user_error():                          # the model may not know a word
-        schedule = complete(schedule, str(about.get("data")), args.seed)
+    words = vocabulary_of(about, model.config.slots)
+    schedule = captions_by_frame(prompts, model.config.chunk, frames, words)
+    if not words:
+        with as_user_error():                      # the model may not know a word
+            schedule = complete(schedule, str(about.get("data")), args.seed)
     stream = open_stream(args, model, schedule[0])
     screen = open_screen(stream.chunk_like()) if args.live else None
     switch = SWITCHES[args.switch](stream, args.seed, **how)
@@ -95,17 +98,17 @@ def play(args: argparse.Namespace) -> None:
             video = open_video(path)
         made = write(make(args, stream, start, how), frames, schedule, switch, video, screen)
     seconds = time.perf_counter() - begin
-    report(args, model, how, schedule, made, seconds)
+    report(args, model, how, schedule, made, seconds, words)
     print(f"wrote        {video.path / '*.png' if args.pictures else video.path}")
 
 
 def report(args: argparse.Namespace, model: VideoDiT, how: dict, schedule: dict[int, Tensor],
-           made: int, seconds: float) -> None:
+           made: int, seconds: float, words: Vocabulary | None = None) -> None:
     """Print what was made, how fast, and what the cache took."""
     videos = len(schedule[0])
     for frame, captions in schedule.items():
         if frame < made:
-            print_captions(frame, captions)
+            print_captions(frame, captions, words)
     frames_per_second = videos * made / seconds
     print(f"speed        {frames_per_second:.1f} frames/s, everything included "
           f"({videos} videos at once, {model.embed.weight.device.type}, {how['steps']} "
@@ -179,10 +182,14 @@ def open_model(path: str, device: torch.device) -> tuple[VideoDiT, dict]:
     """A checkpoint's model and the facts about its training; UserError if it cannot play."""
     model, about = load_model(path)
     c = model.config
-    if c.words < len(WORDS) or c.slots != CAPTION_SLOTS or c.channels not in (1, 3):
+    own = vocabulary_of(about, c.slots)
+    known, slots = len(WORDS), CAPTION_SLOTS
+    if own:
+        known, slots = 1 + len(own.words), c.slots
+    if c.words < known or c.slots != slots or c.channels not in (1, 3):
         raise UserError(f"{path} knows {c.words} words, takes {c.slots} at a time and makes "
-                        f"frames of {c.channels} channels; here are {len(WORDS)} words, "
-                        f"{CAPTION_SLOTS} at a time, and 1 or 3 channels")
+                        f"frames of {c.channels} channels; here are {known} words, "
+                        f"{slots} at a time, and 1 or 3 channels")
     stage = about.setdefault("stage", "tf")
     if stage not in SAMPLERS:
         raise UserError(f"{path} is a {stage} model: it sees past and future at once, so it "
@@ -225,15 +232,19 @@ def prompts_for(args: argparse.Namespace, about: dict) -> list[str]:
         return args.prompt
     if args.start:
         return [""]                                # the clip says what is shown
+    if about.get("prompts"):                       # a model with words of its own
+        return str(about["prompts"]).split("\n")
     return list(prompts_of(str(about.get("data"))))
 
 
-def captions_by_frame(prompts: list[str], chunk: int, frames: int) -> dict[int, Tensor]:
+def captions_by_frame(prompts: list[str], chunk: int, frames: int,
+                      words: Vocabulary | None) -> dict[int, Tensor]:
     """{frame: captions [B, S] from there on}, beginning with frame 0. What no chunk of the
     video will be made under is said."""
     with as_user_error():
-        schedule = read_prompts(prompts)
-        for line in never_shown(prompts, chunk, frames):
+        encode = words.encode if words else encode_caption
+        schedule = read_prompts(prompts, encode)
+        for line in never_shown(prompts, chunk, frames, encode):
             print_aside(f"warning: prompt {line}")
     return schedule
 
@@ -313,12 +324,13 @@ def write(chunks: Iterator[Tensor], frames: int, schedule: dict[int, Tensor], sw
     return made
 
 
-def print_captions(frame: int, captions: Tensor) -> None:
+def print_captions(frame: int, captions: Tensor, words: Vocabulary | None) -> None:
     """A line with the captions [B, S] from `frame` on."""
     since = ""
     if frame > 0:
         since = f"from {frame}: "
-    names = [decode_caption(caption) or "(none)" for caption in captions]
+    decode = words.decode if words else decode_caption
+    names = [decode(caption) or "(none)" for caption in captions]
     print(f"captions     {since}{', '.join(names)}")
 
 

@@ -211,6 +211,12 @@ class Clips:
     channels = 3
     reads = ""
     prompts = ("",) * 4        # captions of four videos that show what the world is
+    vocabulary = None          # of a user's captions: engine/own_words.py
+
+    @staticmethod
+    def encode(text: str) -> torch.Tensor:
+        """A caption of this world as ids."""
+        return encode_caption(text)
 
     def __init__(self, name: str, frames: int, size: int, seed: int):
         if frames < 1 or size < 8 or seed < 0:

@@ -32,8 +32,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from engine.command_line import (UserError, between_steps, check_bounds, default_device,
-                                 pick_device, provenance, read_flags,
-                                 repeatable, run)
+                                 pick_device, provenance, read_flags, repeatable, run)
 from engine.homogeneous import model_of
 from engine.judging import cache_line
 from engine.muon import Muon
@@ -43,7 +42,8 @@ from engine.progress import Progress
 from engine.run_files import (as_begun, asked_for, check_conversion, check_flags, check_memory,
                               check_nothing_is_lost, check_resumable, finish, judge, kept,
                               make_config, make_world, read_losses, read_state, report, save,
-                              size_name, sole_writer, starting_weights, trainable)
+                              size_name, sole_writer, starting_weights, trainable,
+                              with_words_of)
 from engine.trainer import (Resumable, blend, compiled, fast_products, frozen_copy,
                             recompute, rename_window, reopen_window, side_by_side)
 from flow import FEW_STEPS, SAMPLERS, Stream
@@ -407,6 +407,7 @@ def train_stages(args: argparse.Namespace, state: dict | None, device: torch.dev
     config = make_config(args, state)
     check_memory(config, device, processes() if args.shard else 1)
     world = make_world(args, config)
+    config = with_words_of(world, config)
     stages = [args.stage]
     if args.stage == "all":
         stages = list(STAGES)

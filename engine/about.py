@@ -14,6 +14,8 @@ def about_lines(model: VideoDiT, about: dict) -> list[str]:
     sizes = ", ".join(f"{name} {getattr(c, name)}" for name in NAMED)
     data = str(about.get("data"))[:200]
     words = [" ".join(slot) for slot in words_of(data) if slot]
+    if about.get("words"):                                 # of its own clips
+        words = [str(about["words"])[:500]]
     look = f"a window of {c.window}"
     if c.sink:
         look += f" with {c.sink} sink frames"

@@ -17,6 +17,7 @@ from engine.clip_files import ARRAYS, Reader, Stack, clip_files, pictures_of
 from engine.command_line import UserError
 from engine.framing import Framing
 from engine.layouts import check_layout, several
+from engine.own_words import learn_words, read_captions
 from engine.parallel import say
 from toy_data import CAPTION_SLOTS, WORLDS, Clips, make_world
 
@@ -56,7 +57,7 @@ def open_world(data: str, frames: int = 12, size: int = 16, seed: int = 0,
 
 
 class Stored(Clips):
-    """Windows of F frames from a user's clips, without captions.
+    """Windows of F frames from a user's clips, with the captions that lie beside them.
 
     A clip is drawn, each as often as any other, and then a window in it. Of 40 clips and more
     every tenth is held out: it is never drawn, and `to_judge` takes it. `fingerprint` tells
@@ -86,12 +87,33 @@ class Stored(Clips):
         for stack in self.stacks:
             for number in range(len(stack.clips)):
                 self.places.append((stack, number))
+        self.read_words(path)
         self.held_out = []                 # numbers of clips
         if len(self.places) >= ENOUGH:
             self.held_out = list(range(HELD_OUT - 1, len(self.places), HELD_OUT))
         held = set(self.held_out)
         self.drawn = [clip for clip in range(len(self.places)) if clip not in held]
         self.reads = "; ".join(self.in_words(path, reader.values.in_words()))
+
+    def read_words(self, path: Path) -> None:
+        """Captions, if there are any: their words, and four to show."""
+        self.said = []
+        counts = [len(stack.clips) for stack in self.stacks]
+        files = [stack.path for stack in self.stacks]      # a short clip's is left out
+        captions = read_captions(path, files, counts)
+        if not captions:
+            return
+        self.vocabulary = learn_words(path, captions)
+        self.said = [self.vocabulary.encode(caption) for caption in captions]
+        distinct = list(dict.fromkeys(self.vocabulary.decode(ids) for ids in self.said))
+        self.prompts = tuple((distinct * 4)[:4])
+        spoken = " | ".join(captions).encode()
+        digest = hashlib.blake2b(self.fingerprint.encode() + spoken, digest_size=8)
+        self.fingerprint = digest.hexdigest()
+
+    def encode(self, text: str) -> torch.Tensor:
+        """As Clips, in the words of these clips if they have any."""
+        return self.vocabulary.encode(text) if self.vocabulary else super().encode(text)
 
     def batch(self, indices):
         windows = []
@@ -137,7 +159,9 @@ class Stored(Clips):
         return self.framing.add_border(video)
 
     def caption(self, clip: int) -> torch.Tensor:
-        """The caption of a clip: the place for captions that lie beside it (`stack.path`)."""
+        """The caption of a clip [S]; the null caption without any."""
+        if self.said:
+            return self.said[clip]
         return torch.zeros(CAPTION_SLOTS, dtype=torch.long)
 
     # -- in words
@@ -158,6 +182,9 @@ class Stored(Clips):
                 words = f"the centre of {words}"
         if words:
             said.append(words)
+        if self.vocabulary:
+            said.append(f"captions of {len(self.vocabulary.words):,} different words, "
+                        f"up to {self.vocabulary.slots} in one")
         if self.held_out:
             said.append(f"{len(self.held_out)} clips held out, to judge by")
         return said

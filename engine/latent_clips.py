@@ -88,6 +88,8 @@ class Latents:
     recipe is to be here) are as of any world.
     """
 
+    vocabulary = None           # captions are rows of text, not words
+
     def __init__(self, path: Path, config: Config, seed: int):
         shapes = shapes_of(path)
         clips, frames, *of_frame = shapes["latents"]

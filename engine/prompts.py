@@ -5,12 +5,17 @@
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from toy_data import check_words, encode_caption, fill_in
+
+
+# A caption as ids [S]: of toy_data, or of a model that has words of its own.
+Encode = Callable[[str], Tensor]
 
 
 class Change(NamedTuple):
@@ -21,7 +26,7 @@ class Change(NamedTuple):
     prompt: str
 
 
-def read_changes(prompts: list[str]) -> list[Change]:
+def read_changes(prompts: list[str], encode: Encode = encode_caption) -> list[Change]:
     """What the prompts say, in their order; each video has a first one, at frame 0. ValueError
     for a word that is none, or a change that has no video before it."""
     changes = []
@@ -34,13 +39,13 @@ def read_changes(prompts: list[str]) -> list[Change]:
         elif video < 0:
             raise ValueError(f"prompt {prompt!r} changes the caption of the video before it, "
                              "and there is none: give a prompt without a frame first")
-        changes.append(Change(int(frame or 0), video, encode_caption(text), prompt))
+        changes.append(Change(int(frame or 0), video, encode(text), prompt))
     return changes
 
 
-def read_prompts(prompts: list[str]) -> dict[int, Tensor]:
+def read_prompts(prompts: list[str], encode: Encode = encode_caption) -> dict[int, Tensor]:
     """{frame: captions [B, S] from there on}, beginning with frame 0. ValueError as above."""
-    changes = read_changes(prompts)
+    changes = read_changes(prompts, encode)
     videos = changes[-1].video + 1
     now = torch.zeros(videos, len(changes[0].caption), dtype=torch.long)
     schedule = {0: now}
@@ -71,14 +76,15 @@ def captions_at(frame: int, schedule: dict[int, Tensor]) -> Tensor:
     return schedule[latest]
 
 
-def never_shown(prompts: list[str], chunk: int, frames: int) -> list[str]:
+def never_shown(prompts: list[str], chunk: int, frames: int,
+                encode: Encode = encode_caption) -> list[str]:
     """A line for each prompt that no chunk will be made under; `frames` 0 has no end.
 
     A chunk is made under the captions of its first frame, so a change waits for the next one.
     """
     lines = []
     last_at = {}                                   # what comes last for a video and a chunk
-    changes = read_changes(prompts)
+    changes = read_changes(prompts, encode)
     for change in sorted(changes, key=lambda change: change.frame):
         begins = -(-change.frame // chunk) * chunk         # the next chunk's first frame
         if frames and begins >= frames:

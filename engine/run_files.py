@@ -40,7 +40,7 @@ from engine.wan import is_wan
 from flow import SAMPLERS, Draws, Stream, rollout
 from mla_video import PRESETS, Config, VideoDiT
 from objectives import score_loss, teacher_forcing_loss
-from toy_data import CAPTION_SLOTS, WORDS, WORLDS, encode_caption
+from toy_data import CAPTION_SLOTS, WORDS, WORLDS
 
 STAGES = ("score", *SAMPLERS)                              # a score model cannot stream
 STATE = {"config", "recipe", "asked", "step", "seconds", "learner", "critic", "frozen",
@@ -91,6 +91,14 @@ def make_config(args: argparse.Namespace, state: dict | None = None) -> Config:
 def size_name(args: argparse.Namespace, config: Config) -> str:
     """The preset, or what stands for it where sizes are those of released weights."""
     return "of Wan's shape" if config.text else args.preset
+
+
+def with_words_of(world, config: Config) -> Config:
+    """The config for the captions of this world: a user's own have words of their own."""
+    vocabulary = world.vocabulary
+    if not vocabulary:
+        return config
+    return replace(config, words=1 + len(vocabulary.words), slots=vocabulary.slots)
 
 
 def read_sizes(items: list[str]) -> dict[str, int]:
@@ -487,10 +495,14 @@ def finish(trainer: Resumable, out: Path) -> None:
     names = [recipe.stage]
     if recipe.stage in SAMPLERS:                           # a score model cannot stream
         names.append("model")
+    own = {}
+    vocabulary = trainer.world.vocabulary
+    if vocabulary:
+        own = {"words": " ".join(vocabulary.words), "prompts": "\n".join(trainer.world.prompts)}
     for name in names:
         save_model(out / f"{name}.pt", trainer.ema, data=trainer.world.name,
                    fingerprint=trainer.world.fingerprint, stage=recipe.stage,
-                   steps=trainer.step, seed=recipe.seed)
+                   steps=trainer.step, seed=recipe.seed, **own)
 
 
 def draw_losses(trainer: Resumable, path: Path) -> None:
@@ -538,7 +550,7 @@ def loss_by_noise(trainer: Resumable, bins: int = 5) -> list[tuple[float, float,
 
 def write_sample(trainer: Resumable, path: Path) -> None:
     """A GIF of four videos, ten times as long as a training clip."""
-    captions = torch.stack([encode_caption(prompt) for prompt in trainer.world.prompts])
+    captions = torch.stack([trainer.world.encode(prompt) for prompt in trainer.world.prompts])
     draws = Draws(torch.Generator().manual_seed(trainer.recipe.seed))
     frames = 10 * trainer.model.config.frames
     gif = GifWriter(path)

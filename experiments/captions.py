@@ -30,6 +30,7 @@ from toy_data import WORDS, fill_in, words_of
 
 PARTS = ("colour", "shape", "speed")
 LAST = 12                              # frames that are judged
+ENOUGH = 0.97                          # share of the videos of a subset that must
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -70,6 +71,18 @@ def judge(model, captions: Tensor, told: Tensor, frames: int, seed: int, guidanc
     return {"videos": videos.float().mean().item(), "frames": match.mean().item()}
 
 
+def verdict(subsets: list[dict]) -> str:
+    """Does every subset reach ENOUGH, and is it there with guidance, too?"""
+    short = []
+    for row in subsets:
+        if row["videos"] < ENOUGH:
+            short.append(f"{row['said']} {100 * row['videos']:.0f} % at guidance "
+                         f"{row['guidance']:g}")
+    if short:
+        return f"{len(short)} of {len(subsets)} are below {100 * ENOUGH:.0f} %: {', '.join(short)}"
+    return f"all {len(subsets)} reach {100 * ENOUGH:.0f} % of the videos"
+
+
 def measure(args: argparse.Namespace) -> None:
     check_bounds(args, videos=(1, 10_000), frames=(2 * LAST, 10_000), seed=(0, 2**31))
     device = pick_device(args.device)
@@ -92,6 +105,7 @@ def measure(args: argparse.Namespace) -> None:
                 found["subsets"].append({"said": name, "guidance": guidance, **shown})
                 shares = [f"{part} {100 * share:5.1f} %" for part, share in shown.items()]
                 print(f"guidance {guidance:g}   {name:<24}", *shares, flush=True)
+    print(verdict(found["subsets"]))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
 

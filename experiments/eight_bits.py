@@ -14,7 +14,11 @@ are judged as in experiments/quality.py, and:
 How much is little? Other noise makes other videos, too. So a format is as good as float32 if
 each metric, in the mean over seeds, differs from float32's by no more than float32's own
 differ from seed to seed of sampling (most - least). A second yardstick are models that were
-trained with other seeds, of results/quality.json. The JSON is written after every run.
+trained with other seeds, of results/quality.json. The JSON is written after every run; the same
+command, of the same commit and on the same device, goes on from what is in it.
+
+--recall names a model of the recall world, judged by metrics.recall_report of whole videos:
+there an error that the cache keeps has the time of a curtain to show.
 """
 
 import argparse
@@ -34,13 +38,15 @@ if not __package__:                    # started by its path
 
 from cache import RollingCache
 from engine.checkpoint import load_model
-from engine.command_line import check_bounds, default_device, pick_device, provenance, run
+from engine.command_line import (UserError, check_bounds, default_device, pick_device,
+                                 provenance, run)
 from engine.progress import watched
 from engine.quantised import FP8, INT8, Format, make_cache
 from engine.streaming import FastStream
 from experiments.quality import METRICS as METRICS_OF_ALL
 from experiments.quality import STRETCH, draws_on, judge
 from flow import SAMPLERS, Stream, rollout
+from metrics import recall_report
 from mla_video import PRESETS, VideoDiT
 from toy_data import make_world
 
@@ -48,6 +54,7 @@ ROOT = Path(__file__).resolve().parent.parent
 METRICS = tuple(name for name in METRICS_OF_ALL if name != "class")    # shapes have none
 INT4 = Format("int4", torch.int8, 7)
 FORMATS = {"float32": None, "int8": INT8, "fp8": FP8, "int4": INT4}
+WORLD_OF = {"mla": "shapes", "dense": "shapes", "recall": "recall"}
 LAST = 120                             # frames that are judged
 CLOSE = 24                             # frames in which videos are compared pixel by pixel
 
@@ -64,13 +71,13 @@ def begin(model: VideoDiT, captions: Tensor, format: Format | None) -> Stream:
 
 @torch.no_grad()
 def first_and_last(model: VideoDiT, captions: Tensor, format: Format | None, frames: int,
-                   seed: int, how: dict, said: str) -> tuple[Tensor, Tensor]:
-    """The first CLOSE and the last LAST frames of one rollout. A whole minute is not kept."""
+                   seed: int, how: dict, said: str, kept: int) -> tuple[Tensor, Tensor]:
+    """The first CLOSE and the last `kept` frames of one rollout."""
     device = model.embed.weight.device
     stream = begin(model, captions.to(device), format)
     chunk = model.config.chunk
     first = []
-    last = deque(maxlen=LAST // chunk)
+    last = deque(maxlen=-(-kept // chunk))
     made = rollout(stream, frames, draws_on(device, seed), **how)
     for part in watched(made, said, frames):
         part = part.float().cpu().clone()                  # a view would keep all videos
@@ -98,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     flag = parser.add_argument
     flag("--checkpoint", default="checkpoints/toy.pt", help="an MLA model of the shapes world")
     flag("--dense", metavar="PATH", help="a dense model to judge beside it")
+    flag("--recall", metavar="PATH", help="a model of the recall world to judge, too")
     flag("--formats", nargs="+", default=list(FORMATS), choices=tuple(FORMATS),
          help="beside float32")
     flag("--videos", type=int, default=64, help="of each seed")
@@ -116,17 +124,36 @@ def measure(args: argparse.Namespace) -> None:
     paths = {"mla": args.checkpoint}
     if args.dense:
         paths["dense"] = args.dense
+    if args.recall:
+        paths["recall"] = args.recall
+    found["asked"] = {**{name: str(path) for name, path in paths.items()},
+                      "formats": args.formats, "seeds": args.seeds}
+    found["models"] = earlier(args.json, found)
     for name, path in paths.items():
         model, about = load_model(path)
+        world = about.get("data", "shapes")
+        if world != WORLD_OF[name]:
+            raise UserError(f"{path} is a model of {str(world)[:40]!r}, and one of "
+                            f"{WORLD_OF[name]} is asked for")
         model.to(device)
         entry = {"stage": about["stage"], "steps": about.get("steps"), "seed": about.get("seed"),
                  "formats": {}}
         for format in dict.fromkeys(["float32", *args.formats]):           # each once
             cost = bytes_of(model, FORMATS[format])
             entry["formats"][format] = {"bytes": cost, "runs": []}
-        found["models"][name] = entry
+        entry = found["models"].setdefault(name, entry)
         for seed in range(args.seeds):
             judge_seed(args, model, name, seed, found)
+
+
+def earlier(path: Path, found: dict) -> dict:
+    """The models that an interrupted run of the same command has judged so far; {} if there was
+    none."""
+    if not path.exists():
+        return {}
+    old = json.loads(path.read_text())
+    same = ("asked", "videos", "frames", "commit", "device", "versions")
+    return old["models"] if all(old.get(key) == found[key] for key in same) else {}
 
 
 def bytes_of(model: VideoDiT, format: Format | None) -> dict[str, int]:
@@ -149,15 +176,25 @@ def judge_seed(args: argparse.Namespace, model: VideoDiT, name: str, seed: int,
     """All formats with the captions and the noise of one seed."""
     entry = found["models"][name]
     how = SAMPLERS[entry["stage"]]
-    world = make_world("shapes", frames=STRETCH, seed=10_000 + seed)
+    world = make_world(WORLD_OF[name], frames=STRETCH, seed=10_000 + seed)
+    kept = args.frames if name == "recall" else LAST
+    rows = entry["formats"].values()
+    if all(len(row["runs"]) > seed for row in rows):
+        return
+    for row in rows:                   # a seed that was interrupted is judged again, whole
+        del row["runs"][seed:]
     truth, captions = world.batch(range(args.videos))
     for format, row in entry["formats"].items():
         said = f"{name} {format}, seed {seed}, frames"
         first, last = first_and_last(model, captions, FORMATS[format], args.frames, seed, how,
-                                     said)
+                                     said, kept)
         if format == "float32":
             exact = first
-        judged = judge_end(last, captions, truth, model.embed.weight.device)
+        if name == "recall":
+            report = recall_report(last, captions)
+            judged = {metric: round(share, 4) for metric, share in report.items()}
+        else:
+            judged = judge_end(last, captions, truth, model.embed.weight.device)
         apart = (first - exact).abs().mean()
         judged["apart"] = round(apart.item(), 5)
         row["runs"].append(judged)
@@ -169,10 +206,11 @@ def judge_seed(args: argparse.Namespace, model: VideoDiT, name: str, seed: int,
 
 # ---- the table -------------------------------------------------------------------------------
 
-HEADS = {"mla": "MLA", "dense": "dense"}
+HEADS = {"mla": "MLA", "dense": "dense", "recall": "MLA, recall"}
 SHOWN = {  # column: (metric, digits behind the point, in percent?)
     "frames that show their caption": ("match", 0, True),
     "survive": ("survival", 0, True),
+    "colour right": ("colour", 0, True),
     "shape right": ("shape", 0, True),
     "speed / true": ("speed", 2, False),
     "distance of speeds": ("speeds", 2, False),
@@ -218,6 +256,11 @@ def shown_bytes(format: str, number: int) -> str:
     return "-" if format == "int4" else str(number)
 
 
+def metrics_of(entry: dict) -> list[str]:
+    """What its videos are judged by."""
+    return [name for name in entry["formats"]["float32"]["runs"][0] if name != "apart"]
+
+
 def width(values: list[float]) -> float:
     return max(values) - min(values)
 
@@ -227,7 +270,7 @@ def outside(entry: dict, format: str, widths: dict[str, float]) -> list[str]:
     exact = entry["formats"]["float32"]
     row = entry["formats"][format]
     wrong = []
-    for metric in METRICS:
+    for metric in widths:
         moved = abs(mean(values_of(row, metric)) - mean(values_of(exact, metric)))
         if moved > widths[metric] + 1e-9:
             wrong.append(f"{metric} by {moved:.3f}, of {widths[metric]:.3f}")
@@ -237,7 +280,7 @@ def outside(entry: dict, format: str, widths: dict[str, float]) -> list[str]:
 def over_sampling(entry: dict) -> dict[str, float]:
     """How far float32's metrics lie apart between seeds of sampling."""
     exact = entry["formats"]["float32"]
-    return {metric: width(values_of(exact, metric)) for metric in METRICS}
+    return {metric: width(values_of(exact, metric)) for metric in metrics_of(entry)}
 
 
 def over_training(quality: dict, attention: str, stage: str) -> dict[str, float]:
@@ -260,7 +303,7 @@ def yardsticks(found: dict, name: str, quality: dict) -> dict[str, dict[str, flo
     there = {}
     if len(entry["formats"]["float32"]["runs"]) > 1:
         there["sampling"] = over_sampling(entry)
-    if found["frames"] == quality["frames"]:
+    if WORLD_OF[name] == "shapes" and found["frames"] == quality["frames"]:
         there["training"] = over_training(quality, name, entry["stage"])
     return there
 
@@ -276,7 +319,7 @@ def verdict(found: dict, quality: dict) -> str:
             wrong = outside(entry, format, sticks[seeds])
             within = "every metric moves by less than"
             if wrong:
-                within = f"{len(wrong)} of {len(METRICS)} metrics move by more than"
+                within = f"{len(wrong)} of {len(sticks[seeds])} metrics move by more than"
             moved = f" ({'; '.join(wrong)})" if wrong else ""
             sentences.append(f"{HEADS[name]}, {format}: {within} the spread of float32's seeds "
                              f"of {seeds}{moved}.")

@@ -488,13 +488,15 @@ def test_a_video_without_frames(tmp_path, monkeypatch):
 def test_a_folder_of_gifs(tmp_path, warned):
     for name, length in (("a.gif", 20), ("B.GIF", 26), ("short.gif", 5)):
         write_gif(tmp_path / name, length)
-    (tmp_path / "a.txt").write_text("a caption")
+    for name in ("a.txt", "B.txt"):                        # that of a short clip is not asked for
+        (tmp_path / name).write_text(f"caption of {name[0]}")
     world = open_world(str(tmp_path))
     assert world.name == tmp_path.name
     assert "2 files; 2 clips of 20 to 26 frames of 16x16" in world.reads
     assert warned == ["warning: 1 file of clips shorter than 12 frames left out, e.g. short.gif"]
     video, _ = world.batch(range(60))
     red = stored_value(video)
+    assert world.vocabulary.words == ["a", "b", "caption", "of"]
     assert (red.diff(dim=1) == 8).all()
     assert red[:, 0].max() > 8 * 8, "windows must come from the longer clip too"
 
@@ -722,7 +724,7 @@ def test_an_archive_must_say_which_of_its_arrays_are_clips(tmp_path, names, says
     assert "damaged" not in str(caught.value)
 
 
-@pytest.mark.parametrize("names, taken", [(["a"], "'a'"), (["captions", "clips"], "'clips'")])
+@pytest.mark.parametrize("names, taken", [(["a"], "'a'"), (["labels", "clips"], "'clips'")])
 def test_an_archive_that_says_so(tmp_path, names, taken):
     np.savez(tmp_path / "a.npz", **dict.fromkeys(names, GOOD))
     assert f"array {taken}" in open_world(str(tmp_path / "a.npz")).reads

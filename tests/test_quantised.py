@@ -386,3 +386,31 @@ def test_the_experiment_runs(tmp_path):
     assert apart["float32"] == 0 < apart["int8"] < 0.1, "the same noise, and nearly the same video"
     assert formats["int8"]["bytes"] == {"model": 32, "paper": 232}
     assert found["frames"] == 120 and "commit" in found
+
+
+@pytest.mark.rest
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
+    """With a recall model, too; a seed that lacks a format is judged again, and no other."""
+    from engine.checkpoint import save_model
+    from experiments.memory import FULL
+    from mla_video import VideoDiT
+    torch.manual_seed(0)
+    save_model(tmp_path / "recall.pt", VideoDiT(FULL.config_of("mla")), data="recall", stage="tf",
+               steps=1, seed=0)
+    path = tmp_path / "found.json"
+    flags = [f"--checkpoint={ROOT / 'checkpoints/toy.pt'}", f"--recall={tmp_path / 'recall.pt'}",
+             "--videos=2", "--seeds=1", "--frames=120", "--formats", "int8", "--device=cpu",
+             f"--json={path}"]
+    eight_bits.main(flags)
+    whole = json.loads(path.read_text())
+    assert "colour" in whole["models"]["recall"]["formats"]["int8"]["runs"][0]
+    head, rows = eight_bits.table(whole)
+    assert len(rows) == 4
+    broken = json.loads(path.read_text())
+    del broken["models"]["recall"]["formats"]["int8"]["runs"][0]
+    path.write_text(json.dumps(broken))
+    capsys.readouterr()
+    eight_bits.main(flags)
+    printed = capsys.readouterr().out
+    assert "recall int8 0" in printed and "mla int8 0" not in printed
+    assert json.loads(path.read_text())["models"] == whole["models"]

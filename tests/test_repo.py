@@ -48,8 +48,9 @@ MODEL = ["rope3d", "cache", "attention", "mla_video"]
 LEARNING = ["flow", "objectives"]
 WORLDS = ["toy_data", "metrics"]
 ENGINE = ["engine", *(f"engine.{stem}" for stem in (
-    "command_line", "convert", "homogeneous", "locks", "progress", "quantised", "routes", "streaming", "switching",
-    "parallel", "muon", "loader", "checkpoint", "video_files", "terminal", "prompts",
+    "command_line", "convert", "homogeneous", "locks", "progress", "quantised", "routes",
+    "streaming", "switching", "parallel", "muon", "loader", "checkpoint", "video_files",
+    "terminal", "own_words", "prompts",
     "digit_metrics", "passages", "judging", "about", "layouts", "pixel_values", "framing",
     "clip_files", "clips", "starts", "trainer", "normal", "wan", "wan_video",
     "latents", "latent_clips", "wan_training", "run_files"))]
@@ -57,8 +58,8 @@ COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench",
     "spectrum", "quality", "eight_bits", "pictures", "captions", "starts", "switches",
-    "wan_memory", "wan_speed", "convert", "worlds", "flicker", "failures", "normal", "memory_figure",
-    "memory", "tables")]
+    "wan_memory", "wan_speed", "convert", "worlds", "flicker", "failures", "normal",
+    "memory_figure", "memory", "digit_pairs", "tables")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
 
