@@ -58,7 +58,7 @@ EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench",
     "spectrum", "quality", "eight_bits", "pictures", "captions", "starts", "switches",
     "wan_memory", "convert", "worlds", "flicker", "failures", "normal", "memory_figure",
-    "memory", "tables")]
+    "memory", "tables", "everything")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
 
