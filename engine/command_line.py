@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent              # the repository
+from engine.code import ROOT, code_hash
 
 
 # ---- errors ----------------------------------------------------------------------------------
@@ -223,10 +223,12 @@ def _order_cublas() -> None:
 # ---- where figures come from -----------------------------------------------------------------
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """Command, commit, device and versions: they go into every file of results/."""
+    """Command, commit, device and versions: they go into every file of results/. And a hash of
+    the program's code (engine/code.py), which says whether today's would make the same."""
     python = sys.version.split()[0]
     return {"command": _command(),
             "commit": _commit() or "not in a git checkout",
+            "code": code_hash(Path(sys.argv[0])),
             "device": _device_name(device),
             "versions": f"torch {torch.__version__}, numpy {np.__version__}, Python {python}"}
 
@@ -245,13 +247,23 @@ def _command() -> str:
 
 
 def _commit() -> str:
-    """The commit that runs, "-dirty" if files differ from it; "" where there is no git."""
-    commit = os.environ.get("COMMIT", "")          # first: a copy may lie in another's checkout
+    """The commit that runs, "-dirty" if files differ from it; "" where nothing tells.
+
+    A copy of the tree has no git: then the environment's COMMIT names it, or the file that
+    `git archive` fills in. They come first, since a copy may lie in another's checkout.
+    """
+    commit = os.environ.get("COMMIT", "") or _archived((ROOT / "engine/commit.txt").read_text())
     if commit or not shutil.which("git"):
         return commit
     question = ["git", "describe", "--always", "--dirty"]
     answer = subprocess.run(question, cwd=ROOT, capture_output=True, text=True)
     return answer.stdout.strip()
+
+
+def _archived(text: str) -> str:
+    """The commit in a file that `git archive` has filled in; "" as it lies in a checkout."""
+    words = text.split()
+    return "" if "Format" in text or not words else words[-1]
 
 
 def _device_name(device: torch.device) -> str:

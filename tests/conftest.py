@@ -34,8 +34,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# These tensors are tiny: a second thread costs more than it brings.
+# These tensors are tiny: a second thread costs more than it brings. So it is for the programs
+# that tests start, beside which another test is running.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_report_header(config):
