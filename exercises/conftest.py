@@ -40,6 +40,7 @@ def pytest_report_teststatus(report):
 
 def pytest_terminal_summary(terminalreporter):
     reports = terminalreporter.getreports("to do")
+    reports.sort(key=lambda report: report.location[:2])   # several processes mix them
     messages = dict.fromkeys(report.to_do for report in reports)       # each once, in order
     for message in messages:
         terminalreporter.write_line(message)

@@ -3,7 +3,6 @@ needed that was not asked for.
 """
 
 import ast
-import contextlib
 import os
 import re
 import subprocess
