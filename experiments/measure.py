@@ -125,6 +125,7 @@ class Recording(NamedTuple):
     replay: Callable
     calls: int                             # in a replay
     warmup_s: float                        # seconds of the first calls, compilation included
+    reads: list[Callable]                  # hold the tensors that a graph reads, or they are freed
 
 
 class Measure:
@@ -158,7 +159,7 @@ class Measure:
         for call in calls + calls[:1]:
             call()
         if not self.gpu:
-            return Recording(itertools.cycle(calls).__next__, 1, 0.0)
+            return Recording(itertools.cycle(calls).__next__, 1, 0.0, calls)
         torch.cuda.synchronize()
         once = max(self.gpu_time(calls[0]), 1e-3)
         # Too few rounds, and it shows what ran before.
@@ -167,7 +168,7 @@ class Measure:
         with torch.cuda.graph(graph):
             for call in calls * rounds:
                 call()
-        return Recording(graph.replay, rounds * len(calls), time.perf_counter() - start)
+        return Recording(graph.replay, rounds * len(calls), time.perf_counter() - start, calls)
 
     def gpu_time(self, work: Callable) -> float:
         """ms between two events around `work`."""
