@@ -260,6 +260,11 @@ def _commit() -> str:
     return answer.stdout.strip()
 
 
+def short_commit(commit: str) -> str:
+    """A whole hash as git abbreviates it; anything else as it is."""
+    return commit[:7] if len(commit) == 40 else commit
+
+
 def _archived(text: str) -> str:
     """The commit in a file that `git archive` has filled in; "" as it lies in a checkout."""
     words = text.split()

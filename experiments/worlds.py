@@ -26,7 +26,7 @@ if not __package__:                    # started by its path
 from engine.checkpoint import load_model
 from engine.clips import Stored, open_world
 from engine.command_line import (UserError, as_user_error, check_bounds, default_device,
-                                 pick_device, provenance, run)
+                                 pick_device, provenance, run, short_commit)
 from engine.judging import JUDGES, report_survival
 from engine.normal import WINDOWS, next_chunk_errors
 from experiments.quality import begin, contact_sheet
@@ -135,15 +135,15 @@ def table(found: dict) -> tuple[list[str], list[list[str]], str]:
         about = row["checkpoint"]
         judged, shares = in_words(row)
         rows.append([
-            f"`{data}`",
+            f"`{data}`" if data in JUDGES else f"clips of one's own, {data}",
             f"{NAMES[row['attention']]}, `{about['stage']}`, {about.get('steps', '?')} steps",
             judged,
             shares,
             f"[frames](results/{picture_of(Path('worlds.json'), data)})",
         ])
         versions = row["versions"].split(",")[0]
-        below.append(f"`{data}`: `{row['command']}` on {row['device']}, {versions}, commit "
-                     f"{row['commit']}.")
+        below.append(f"{rows[-1][0]}: `{row['command']}` on {row['device']}, {versions}, "
+                     f"commit {short_commit(row['commit'])}.")
         if "judge" in row:
             below.append(f"There {row['judge']}.")
     head = ["world", "model", "judged", "found", "seen"]
