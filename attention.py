@@ -73,12 +73,11 @@ from rope3d import Rope3D, Table, axis_pairs, rotate
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T * scale) v: q [B, H, L, d], k [B, H, T, d], v [B, H, T, V] -> [B, H, L, V].
 
-    `mask` is bool [L, T], True where a query may look at a key, and every query may look at one
-    at least; None: everywhere. It is torch's kernel, but for two cases in which a CPU is faster
-    without it. Raises ValueError for another kind of mask.
+    `mask` is bool [L, T], True where a query may look at a key; None: everywhere. It is torch's
+    kernel, but for two cases in which a CPU is faster without it.
     """
     if mask is not None:
-        check_mask(mask)
+        check_mask(mask, q.shape[2], k.shape[2])
     if q.device.type == "cpu":
         queries, keys = q.shape[2], k.shape[2]
         if mask is None and queries * keys <= 2**16:       # few scores: two plain products
@@ -91,11 +90,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def check_mask(mask: Tensor) -> None:
-    """ValueError unless it is bool [L, T]."""
-    if mask.dim() != 2 or mask.dtype != torch.bool:
-        raise ValueError("a mask is bool [L, T], one for all videos and heads; "
+def check_mask(mask: Tensor, L: int, T: int) -> None:
+    """ValueError unless it is bool [L, T] and (a CPU alone looks) every query sees a key."""
+    if mask.dtype != torch.bool or mask.shape != (L, T):
+        raise ValueError(f"a mask is bool [L, T], here {[L, T]}, one for all videos and heads; "
                          f"got {mask.dtype} {list(mask.shape)}")
+    sighted = not mask.is_cpu or torch.compiler.is_compiling() or mask.any(dim=1).all()
+    if not sighted:
+        raise ValueError("a query that sees no key has no mean of values: it is 0 / 0")
 
 
 def sdpa_by_runs(q, k, v, patterns: Tensor, runs: list[int], scale: float) -> Tensor:
@@ -145,6 +147,7 @@ def attend_reference(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table,
     position = einsum(q_turned * scale, k_turned, "b l h r, b t r -> b h l t")         # (6)
     score = content + position                                                         # (6)
     if mask is not None:
+        check_mask(mask, *score.shape[2:])
         score = score.masked_fill(~mask, -math.inf)
     p = score.softmax(dim=-1)                                                          # (7)
     return einsum(p, v, "b h l t, b t h v -> b l h v")                                 # (8)

@@ -154,15 +154,14 @@ class RollingCache:
         Gradients stop here: what is kept is detached. With detach=False they flow from later
         chunks into the rows of earlier ones. Where gradients are enabled the buffers are
         replaced and not written to, so that recorded graphs stay as they were. Raises
-        ValueError for another number of layers or tokens than those of a chunk.
+        ValueError, and keeps nothing, if any rows are not those of a chunk.
         """
-        if len(rows) != len(self.buffers[0]):
-            raise ValueError(f"commit takes the rows of all {len(self.buffers[0])} layers, "
-                             f"got {len(rows)}")
-        for layer in rows:
-            if any(part.shape[1] != self.chunk * self.tokens for part in layer):
-                raise ValueError(f"commit takes whole chunks: {self.chunk} frames of "
-                                 f"{self.tokens} tokens")
+        layers = len(self.buffers[0])
+        taken = [(x.shape[1], self.chunk * self.tokens, x.shape[-1]) for x in self.buffers]
+        given = [list(map(Tensor.size, layer)) for layer in rows]
+        if given != [taken] * layers:
+            raise ValueError(f"commit takes whole chunks: {self.chunk} frames of {self.tokens} "
+                             f"tokens, rows {taken} of all {layers} layers; got {given}")
         source, goal = self._moves()
         buffers = []
         for buffer, parts in zip(self.buffers, zip(*rows)):

@@ -153,8 +153,8 @@ def consistency_loss(student: VideoDiT, target: VideoDiT, teacher: VideoDiT, x0:
 #     the fake score, or critic, is trained on the generator's videos of the moment
 # One step of the stage, put together in train.py:
 #     every 5th step    video = self_rollout(...)           the generator makes a clip
-#                       g = dmd_gradient(video, ...)        which way are true clips?
-#                       dmd_loss(video, g)                  move there
+#                       g = dmd_gradient(video, ...)        which way is *away* from true clips?
+#                       dmd_loss(video, g)                  step against it
 #     every step        video = self_rollout(...)           another clip
 #                       critic_loss(critic, video, ...)     learn what is made now
 
@@ -225,11 +225,11 @@ def dmd_gradient(video: Tensor, caption: Tensor, real: VideoDiT, fake: VideoDiT,
         mu(x)    = x - sigma v(x, sigma)                                                 (F4)
         score(x) = ((1 - sigma) mu(x) - x) / sigma^2                                     (D0)
 
-    The gradient of KL(generator || data), both with noise, by the noised x is score_fake(x) -
-    score_real(x), and by (D0) that is (1 - sigma) / sigma^2 times mu_fake - mu_real. (The
-    weights change the generator's density, too; but the mean change of a log density is 0, so
-    that term is gone.) The factor is replaced by a divisor of each video's own, so that all
-    levels count about the same:
+    KL(generator || data) is the mean of log p_fake(x) - log p_real(x) over the generator's
+    noised x. Its gradient by weights W is the mean of (score_fake - score_real) dx/dW, and of
+    d log p_fake / dW at a fixed x, whose mean is 0. By (D0) the difference of scores is
+    (1 - sigma) / sigma^2 times mu_fake - mu_real. That factor is replaced by a divisor of each
+    video's own, so that all levels count about the same:
 
         g        = (mu_fake - mu_real) / max(mean |video - mu_real|, 0.001)              (D1)
 

@@ -107,7 +107,8 @@ def report(args: argparse.Namespace, model: VideoDiT, how: dict, schedule: dict[
     """Print what was made, how fast, and what the cache took."""
     videos = len(schedule[0])
     for frame, captions in schedule.items():
-        if frame < made:
+        chunk = model.config.chunk
+        if -(-frame // chunk) * chunk < made:      # the next chunk begins under it
             print_captions(frame, captions, words)
     frames_per_second = videos * made / seconds
     print(f"speed        {frames_per_second:.1f} frames/s, everything included "
@@ -169,6 +170,9 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.layout and not args.start:
         raise UserError("--layout says what the axes of an array are that --start names")
     if args.evaluate:
+        if args.prompt or args.start or args.live:
+            raise UserError("--evaluate draws captions of its own and shows nothing: leave out "
+                            "--prompt, --start and --live")
         most = 2**20 // args.evaluate
         if not 12 <= args.frames <= most:
             raise UserError("--evaluate judges the last 12 of --frames frames and keeps all: "

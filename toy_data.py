@@ -212,6 +212,7 @@ class Clips:
     reads = ""
     prompts = ("",) * 4        # captions of four videos that show what the world is
     vocabulary = None          # of a user's captions: engine/own_words.py
+    whole = 1                  # frames of a clip that shows what the world is about
 
     @staticmethod
     def encode(text: str) -> torch.Tensor:
@@ -385,6 +386,7 @@ class Recall(Shapes):
     colours = things = paces = ()      # the words of its captions: none
     SEEN = 6                           # frames in view
     LONGEST = 24                       # frames of a curtain whose gauge is as wide as the frame
+    whole = SEEN + LONGEST + SEEN
     CHUNK = 3                          # lengths and beginnings are whole chunks
     GAUGE = 2 / 16                     # its height, a share of the frame
     CURTAIN = 0.0                      # mid grey

@@ -74,7 +74,7 @@ class Recipe:
     clip: float = 1.0
     drop: float = 0.1              # score, tf: captions replaced by "none", so guidance exists
     spread: float = 1.0            # of the logit-normal noise level before its shift
-    guidance: float = 1.0          # of the teacher in cd, of the real score in dmd
+    guidance: float = 1.0          # of the teacher in cd, of the real score in dmd; 1 is none
     critic: float = 1.0            # the critic's rates, as a multiple of the generator's
     every: int = 5                 # critic updates for one of the generator
     # Sampler steps at which the last chunk of a self-rollout may end.
@@ -171,8 +171,8 @@ class Learner:
         before = [weight.detach().clone() for weight in self.weights]
         for optimiser in side_by_side(self.optimisers, loss.device):
             optimiser.step()
-        # That was a step at the peak rate. Both rules move weights in proportion to their rate,
-        # so it is drawn back to `rate` of its length, and no number of theirs ever changes.
+        # The optimisers took a step at the peak rate. Both move weights in proportion to their
+        # rate, so the step is shortened to `rate` of its length, and they never learn of it.
         blend(self.weights, before, 1 - rate)
         for weight in self.weights:
             weight.grad = None
@@ -243,7 +243,9 @@ def own_video(trainer: "Trainer", exit: int, record: bool, caption: Tensor,
     """A clip length [B, F, ...] of the model's own making: new videos, or, given the captions
     `before` and the cache's buffers, more of those under way, some with another caption.
 
-    Returns (video, its captions, what the next step needs to go on with it).
+    Returns (video, its captions, what the next step needs to go on with it). In the end the
+    window's frames are renamed to begin at 0 (`rename_window`): so the next step, which may be
+    a recorded CUDA graph, meets the same numbers.
     """
     cache = trainer.model.make_cache(len(caption))
     if buffers:
@@ -461,6 +463,9 @@ def recipe_to_go_on(args: argparse.Namespace, state: dict) -> Recipe:
     if "steps" in args.given:
         new = replace(old, steps=args.steps)
     step = state["step"]
+    if "steps" in args.given and args.steps < step:
+        raise UserError(f"stage {new.stage} has made {step} steps already: --steps says how many "
+                        "there will be in all")
     if step >= new.steps:
         say(f"stage {new.stage} is at its end, step {step} of {new.steps} (further: more "
             "--steps)")

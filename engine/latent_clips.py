@@ -89,6 +89,7 @@ class Latents:
     """
 
     vocabulary = None           # captions are rows of text, not words
+    whole = 1                   # frames of a clip that shows what it is about
 
     def __init__(self, path: Path, config: Config, seed: int):
         shapes = shapes_of(path)

@@ -32,7 +32,7 @@ from engine.latent_clips import Latents, are_latents
 from engine.loader import WorkerDied
 from engine.locks import lock
 from engine.normal import judge_next_chunk, loss_lines, next_chunk_line
-from engine.parallel import processes, rank
+from engine.parallel import processes, rank, say
 from engine.progress import watched
 from engine.trainer import Resumable
 from engine.video_files import GifWriter, to_pixels
@@ -127,7 +127,10 @@ def make_world(args: argparse.Namespace, config: Config):
 
 
 def check_flags(args: argparse.Namespace, recipes: dict, world) -> None:
-    """UserError for flags that do not go together."""
+    """UserError for flags that do not go together; a line for a world that they cut short."""
+    if world.frames < world.whole:
+        say(f"a clip of {world.frames} frames does not show all of {world.name}: "
+            f"--config frames={world.whole} --config window={world.whole} does")
     if args.shard and processes() == 1:
         raise UserError("--shard divides a model among several processes: start them with "
                         "torchrun --nproc_per_node=N train.py ...")

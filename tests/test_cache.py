@@ -472,3 +472,10 @@ def test_impossible_windows_are_refused_in_words(code):
     four_rows = tuple(torch.zeros(1, 4, width) for width in WIDTHS)
     with pytest.raises(ValueError, match="whole chunks: 3 frames of 2 tokens"):
         cache.commit([four_rows])
+    for buffer in cache.buffers:
+        buffer.zero_()
+    wide_part = tuple(torch.ones(1, 6, width + part) for part, width in enumerate(WIDTHS))
+    with pytest.raises(ValueError, match="of all 1 layers"):
+        cache.commit([wide_part])
+    assert cache.seen == 0 and not any(buffer.any() for buffer in cache.buffers), \
+        "a chunk that is refused leaves nothing, not even the part that would fit"

@@ -322,6 +322,9 @@ def test_sample_writes_the_frames_it_was_asked_for(capsys, tmp_path, model_file,
 def test_evaluate_prints_the_survival(capsys, model_file):
     sample.main([f"--checkpoint={model_file}", "--evaluate=2", "--frames=12", "--steps=1"])
     assert "2 rollouts of 12 frames" in capsys.readouterr().out
+    for flag in ("--prompt=red disc", "--start=clip.gif", "--live"):
+        fails_in_one_line(capsys, sample.main, [f"--checkpoint={model_file}", "--evaluate=2", flag],
+                          "leave out", flag.partition("=")[0])
 
 
 def captions_heard(monkeypatch, model_file: Path, prompts: list[str], frames: int) -> list:
@@ -384,8 +387,10 @@ def test_what_is_never_shown_is_said(capsys, model_file):
     sample.main([f"--checkpoint={model_file}", f"--out={model_file.parent}/clip.gif",
                  "--frames=12", "--steps=1", "--device=cpu", "--prompt=disc", *flags,
                  "--prompt=10: disc", "--prompt=12: square"])
-    said = [line for line in capsys.readouterr().err.splitlines() if "never shown" in line]
+    out, err = capsys.readouterr()
+    said = [line for line in err.splitlines() if "never shown" in line]
     assert len(said) == 5
+    assert "from 9: " in out and "from 10: " not in out, f"no chunk begins behind frame 9: {out}"
     for start in ("'red disc' is never shown: '0: magenta disc' takes its place in the chunk "
                   "that begins at frame 0",
                   "'7: green disc' is never shown: '8: cyan disc'",

@@ -272,6 +272,9 @@ def test_more_steps_say_what_becomes_of_the_rate(tmp_path, capsys, no_report):
     train.main(["--resume", f"--out={tmp_path}"])
     said = capsys.readouterr().out
     assert "stage tf is at its end, step 60 of 60 (further: more --steps)" in said
+    with pytest.raises(SystemExit):
+        train.main(["--resume", f"--out={tmp_path}", "--steps=59"])
+    assert "has made 60 steps already" in capsys.readouterr().err
     train.main(["--resume", f"--out={tmp_path}", "--steps=61"])
     said = capsys.readouterr().out
     assert "61 steps instead of 60: the learning rate is now that of a run of 61" in said

@@ -493,3 +493,20 @@ def test_the_crossing_at_the_papers_geometry_is_269_tokens(code):
     assert round(ratio, 2) == 1.57, \
         f"a chunk of a video, materialise: absorbing it costs 1.57x the operations, here " \
         f"{ratio:.2f}"
+
+
+A_BLIND_QUERY = torch.ones(4, 6, dtype=torch.bool) & (torch.arange(4) > 0)[:, None]
+
+
+@pytest.mark.parametrize("mask, said", [
+    (torch.ones(1, 6, dtype=torch.bool), "a mask is bool"),             # torch would spread it
+    (torch.ones(2, 1, 4, 6, dtype=torch.bool), "a mask is bool"),
+    (torch.ones(4, 6), "float32"),
+    (A_BLIND_QUERY, "sees no key"),
+])
+@pytest.mark.parametrize("name", CPU_ROUTES)
+def test_another_kind_of_mask_is_refused_by_every_route(code, name, mask, said):
+    s = Sizes(B=1, L=4, T=6, H=2, N=4, R=6, V=4, C=8, head=8, seed=0)
+    tensors, _, tables, scale, _ = inputs(code, s, "none")
+    with pytest.raises(ValueError, match=said):
+        run(code, name, tensors, tables, scale, mask)
