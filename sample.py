@@ -22,6 +22,7 @@ another way (engine/latents.py). tests/test_cli.py.
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -321,6 +322,11 @@ def write(chunks: Iterator[Tensor], frames: int, schedule: dict[int, Tensor], sw
                 made += chunk.shape[1]
                 switch.after(chunk, captions_at(made, schedule))
                 progress.advance(len(pixels))
+    except KeyboardInterrupt as stop:
+        if not made:
+            raise
+        number = stop.args[0] if stop.args else signal.SIGINT
+        raise KeyboardInterrupt(number, f"{made} frames are in {video.path}") from None
     finally:
         video.close()
         if screen:

@@ -498,6 +498,9 @@ def test_ctrl_c_ends_an_endless_stream_with_a_valid_video(tmp_path, model_file, 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr[-500:]
     assert "Traceback" not in done.stderr, done.stderr[-500:]
+    where = tmp_path / ("sample" if flags else "sample.gif")
+    last = done.stderr.splitlines()[-1]
+    assert last == f"stopped; {5 * TINY.chunk} frames are in {where}"
     if not flags:
         with Image.open(tmp_path / "sample.gif") as gif:
             assert gif.n_frames == 5 * TINY.chunk
