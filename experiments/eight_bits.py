@@ -272,8 +272,8 @@ def outside(entry: dict, format: str, widths: dict[str, float]) -> list[str]:
     wrong = []
     for metric in widths:
         moved = abs(mean(values_of(row, metric)) - mean(values_of(exact, metric)))
-        if moved > widths[metric] + 5e-4:          # half of the last digit that is shown
-            wrong.append(f"{metric} by {moved:.3f}, of {widths[metric]:.3f}")
+        if moved > widths[metric] + 1e-9:
+            wrong.append(f"{metric} by {moved:.4f}, of {widths[metric]:.4f}")
     return wrong
 
 

@@ -627,9 +627,9 @@ def speed(found: dict) -> str:
 
 
 def ends(found: dict, form: str) -> str:
-    """Frames of video a second over a whole clip's window, at the narrowest and the widest C."""
+    """Frames of video a second over a whole clip's window, at C = 64, 192 and 512."""
     row = found["sections"]["latent"]["rows"][f"{form}, 21 frames"]["by C"]
-    return " and ".join(f"{row[C]['video_frames_per_s']:.1f}" for C in ("64", "512"))
+    return ", ".join(f"{row[C]['video_frames_per_s']:.1f}" for C in ("64", "192", "512"))
 
 
 def claims() -> str:
@@ -653,9 +653,28 @@ def claims() -> str:
         ["Appendix E: inference absorbs, and forms no keys and values (its D.4 forms them); by its "
          "table 5a frames/s hardly depend on the latent: 26.93 at C = 64, 26.79 at 512",
          f"absorbing, a block takes {absorbed:.2f} times as long as with keys and values formed; "
-         f"frames/s by blocks alone are {rebuilt} with them formed, {merged} by Appendix E, which "
-         f"cannot have been timed; {wan['device']}"],
+         f"frames/s by blocks alone, at C = 64, 192, 512, are {rebuilt} with them formed, {merged} "
+         f"by Appendix E, which cannot have been timed; {wan['device']}"],
     ])
+
+
+def digits() -> str:
+    """Both runs of one command: how far apart they are is part of the result."""
+    rows = []
+    for run in ("first", "second"):
+        for stage in ("tf", "cd", "dmd"):
+            name = f"digits_{run}_{stage}.json"
+            if not (ROOT / "results" / name).exists():
+                rows.append([run, f"`{stage}`", "stopped before it", "", ""])
+                continue
+            found = results(name)
+            shares = found["survival"]
+            rows.append([run, f"`{stage}`", percent(shares["class"]), percent(shares["survival"]),
+                         f"{found['training_seconds'] / 60:.1f} min, "
+                         f"commit {short_commit(found['commit'])}, [{name}](results/{name})"])
+    head = ["run", "stage", "class right", "survival", "training, on an H100 80GB"]
+    return markdown(head, rows) + ("\n\n64 videos of 120 frames each, last 12 frames; one "
+                                   "command and one seed, twice.")
 
 
 def eight_bits() -> str:
@@ -682,7 +701,7 @@ def wan_speed() -> str:
 
 FILES = {
     "README.md": (training, four, claims),
-    "RESULTS.md": (memory, minute, recall, worlds, eight_bits, captions, switches, starts,
+    "RESULTS.md": (memory, minute, recall, worlds, digits, eight_bits, captions, switches, starts,
                    stages, normal, attention, model, wan_speed, rank, conversion, exact),
 }
 TABLES = {table.__name__: table for tables in FILES.values() for table in tables}

@@ -146,6 +146,8 @@ def table(found: dict) -> tuple[list[str], list[list[str]], str]:
                      f"commit {short_commit(row['commit'])}.")
         if "judge" in row:
             below.append(f"There {row['judge']}.")
+    if edited := found.get("edited_by_hand"):
+        below.append(f"Edited by hand: {edited}.")
     head = ["world", "model", "judged", "found", "seen"]
     return head, rows, f"{' '.join(below)} All: [worlds.json](results/worlds.json)."
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import metrics
 import toy_data as td
+import train
 
 LENGTHS = tuple(range(3, 27, 3))
 lengths = st.sampled_from(LENGTHS)
@@ -184,3 +185,13 @@ def test_half_of_the_frames_are_half(clips):
     video, _ = clips
     black = torch.full_like(video, -1)
     assert report(clips, black[:, :3]) == HALF
+
+
+def test_clips_too_short_for_the_curtain_are_said_to_be(tmp_path, capsys):
+    """They are trained on all the same: the subject is seldom seen again in them."""
+    flags = ["--data=recall", "--device=cpu", "--steps=1", "--batch=1", "--evaluate=0"]
+    for frames, said in ((12, True), (36, False)):
+        train.main([*flags, f"--config=frames={frames}", f"--config=window={frames}",
+                    f"--out={tmp_path / str(frames)}"])
+        line = "does not show all of recall: --config frames=36 --config window=36 does"
+        assert (line in capsys.readouterr().out) == said, frames
