@@ -2,6 +2,7 @@
 user reads what is saved and how to go on. (Stops by the dozen: `python tests/kill.py --kills 20
 --signal TERM --workers 2`.)"""
 
+import multiprocessing
 import os
 import pty
 import select
@@ -26,6 +27,7 @@ from mla_video import PRESETS, VideoDiT
 from test_progress import set_width
 from test_resume import same, saved
 from toy_data import WORDS
+from train import Trainer
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(dim=32, layers=1, heads=2, latent=8, query_latent=16, rope=6, ffn=32)
@@ -120,17 +122,26 @@ def test_a_terminal_that_closes_costs_nothing(tmp_path, width):
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) in (128 + signal.SIGHUP, 120)
 
 
-@pytest.mark.rest
 # ---- a worker that dies ----------------------------------------------------------------------
 
+@pytest.mark.rest
 def test_a_worker_that_dies_costs_no_step(tmp_path, monkeypatch, capsys):
     """One line; and the run that goes on ends where an unbroken one does. (What the worker has
-    drawn and not delivered goes with it: not every batch before the fifth need be trained on.)"""
+    drawn and not delivered goes with it: not every batch before the fifth need be trained on. It
+    draws ahead, so it waits with its death until a step is done.)"""
     plain = Batches.__getitem__
+    plain_average = Trainer.average
     main = os.getpid()
+    trained = multiprocessing.Event()
+
+    def average(self, fresh):                              # near the end of a step
+        if self.step >= 1:                                 # so one is done
+            trained.set()
+        return plain_average(self, fresh)
 
     def draw(self, step):
         if step == 5 and os.getpid() != main:
+            assert trained.wait(60), "no step was made of five batches"
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(self, step)
 
@@ -138,6 +149,7 @@ def test_a_worker_that_dies_costs_no_step(tmp_path, monkeypatch, capsys):
     flags = [*FLAGS, "--steps=8"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(Batches, "__getitem__", draw)
+        patch.setattr(Trainer, "average", average)
         train.main([*flags, "--workers=1", f"--out={parts}"])
     said = [line for line in capsys.readouterr().err.splitlines() if "training tf" not in line]
     assert stop.value.code == 2 and len(said) == 1, said
