@@ -2,7 +2,8 @@
 
     python -m experiments.normal curves --jobs 5 --threads 3 --minutes 9
                                trains what results/normal_cpu.json lacks, so many runs at once,
-                               each with so many threads; --device cuda: normal_h100.json
+                               each with so many threads; --device cuda: normal_h100.json,
+                               the runs dealt out to the GPUs there are
 
 `curves` trains with train.py, by the recipe of the device, in a folder of --runs for each
 run. A run that is finished is never made again, and one that --minutes, Ctrl-C or SIGTERM broke
@@ -79,6 +80,7 @@ class Curves:
             for entry in json.loads(args.json.read_text())["runs"]:
                 self.found[Job(entry["way"], entry["seed"])] = entry
         self.running = {}                  # {job: process}
+        self.cards = {}                    # {job that runs: its GPU}
         self.trained = set()               # those whose weights lie in their folders
         self.failed = []
         self.deadline = time.monotonic() + 60 * args.minutes
@@ -123,16 +125,25 @@ class Curves:
 
     def begin(self, job: Job) -> None:
         self.folder(job).mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": str(self.args.threads)}
+        added = {"OMP_NUM_THREADS": str(self.args.threads)}
+        if self.device.type == "cuda":
+            self.cards[job] = self.emptiest_card()
+            added["CUDA_VISIBLE_DEVICES"] = str(self.cards[job])
         with open(self.folder(job) / "log.txt", "a") as log:
             self.running[job] = subprocess.Popen(
-                self.command(job), cwd=ROOT, env={**os.environ, **threads}, stdout=log,
+                self.command(job), cwd=ROOT, env={**os.environ, **added}, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True)
         print(f"{job.way}, seed {job.seed}: begun", flush=True)
+
+    def emptiest_card(self) -> int:
+        """The GPU with the fewest runs."""
+        taken = list(self.cards.values())
+        return min(range(torch.cuda.device_count()), key=taken.count)
 
     def end(self, job: Job) -> None:
         """The job's process has ended: keep what it learned."""
         code = self.running.pop(job).returncode
+        self.cards.pop(job, None)
         if code not in STOPPED:
             lines = (self.folder(job) / "log.txt").read_text().splitlines() or ["no output"]
             self.failed.append(f"{job.way}, seed {job.seed}: {lines[-1]}")
