@@ -32,13 +32,13 @@ from engine.judging import JUDGES, evaluate, report_survival, unseen_captions
 from engine.latent_clips import Latents, are_latents
 from engine.loader import WorkerDied
 from engine.locks import lock
-from engine.normal import judge_next_chunk, loss_lines, next_chunk_line
+from engine.normal import RECIPE_BEFORE, judge_next_chunk, loss_lines, next_chunk_line
 from engine.parallel import processes, rank, say
 from engine.progress import watched
 from engine.trainer import Resumable
 from engine.video_files import GifWriter, to_pixels
 from engine.wan import is_wan
-from flow import FEW_SHIFT, SAMPLERS, Draws, Stream, rollout
+from flow import SAMPLERS, Draws, Stream, rollout
 from mla_video import PRESETS, Config, VideoDiT
 from objectives import score_loss, teacher_forcing_loss
 from toy_data import CAPTION_SLOTS, WORDS, WORLDS
@@ -55,8 +55,6 @@ KEPT = {"stage": str, "data": str, "layout": (str, type(None)), "border": bool, 
 # What a train.pt that is older than a flag was begun with.
 BEFORE = {"from_dense": None, "conversion": "data", "started": "", "rate": 1.0, "recipe": [],
           "judge": ""}
-# And its recipe.
-RECIPE_BEFORE = {"shift": FEW_SHIFT, "optimiser": "muon"}
 # And what train.pt holds besides: the kind of device that the recipe is for, which data it was,
 # whatever its file is called, the stage of the weights that the run started from, and the
 # attention of the real score, "" where there is none.

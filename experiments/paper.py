@@ -483,9 +483,9 @@ def held_out_loss(model: VideoDiT, clips: Tensor, captions: Tensor, seed: int) -
 
 
 def plain(values: list[float]) -> float | None:
-    """Their mean, for JSON; None if nothing was there to be judged."""
-    value = mean(values)
-    return round(value, 4) if math.isfinite(value) else None
+    """The mean of those that are numbers, for JSON; None if nothing was there to be judged."""
+    numbers = [value for value in values if math.isfinite(value)]
+    return round(mean(numbers), 4) if numbers else None
 
 
 def judge_model(path: Path, horizon: int, args: argparse.Namespace,
