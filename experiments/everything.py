@@ -8,8 +8,9 @@ A job is up to date if its JSON names the hash of today's code of its program (e
 that what it needs was made anew is not looked at. A training that others need runs only if one
 of them does, and goes on from the train.pt that it finds. What a job prints is in
 out/everything/NAME.log. After --minutes what can go on later is sent SIGTERM, which makes it
-save; no other job is begun that would not end in time, so `quality` and `memory` need longer
-than 9 minutes. Not here yet: toy.pt with its JSON and GIF, and the CPU trainings.
+save; no other job is begun that would not end in time, so `quality`, `memory` and some of
+`paper` need longer than 9 minutes. Not here yet: toy.pt with its JSON and GIF, and the CPU
+trainings.
 """
 
 import argparse
@@ -58,10 +59,22 @@ def training(attention: str, seed: int) -> Job:
 TRAININGS = [training(attention, seed) for seed in range(3) for attention in ("mla", "dense")]
 ALL_SIX = " ".join(job.name for job in TRAININGS)
 HERO = "out/quality/dense_0/dmd.pt"
+# `latent` leaves models that others take.
+PAPER = {"latent": 14, "recipe": 7, "window": 6, "start": 7, "split": 12}
 X = "python -m experiments."
+
+
+def of_the_paper(table: str) -> Job:
+    """Several runs at once on one GPU."""
+    command = X + f'paper {table} --jobs 6 --flags "--workers 2"'
+    needs = "paper_latent" if table in ("recipe", "window", "start") else ""
+    return Job(f"paper_{table}", command, f"results/paper_{table}.json", needs, "gpu",
+               PAPER[table])
+
 
 JOBS = [
     *TRAININGS,
+    *(of_the_paper(table) for table in PAPER),
     Job("quality", X + "quality", "results/quality.json results/quality.png", ALL_SIX, "gpu", 14),
     Job("bench", X + "bench --json results/bench_h100.json", "results/bench_h100.json", "",
         "gpu", 9),

@@ -33,7 +33,7 @@ from attention import crossing, route_flops
 from cache import RollingCache
 from engine.checkpoint import load_model, save_model
 from engine.judging import cache_line
-from experiments import pictures, stamp, tables
+from experiments import paper, pictures, stamp, tables
 from mla_video import PRESETS, VideoDiT, allowed
 from toy_data import Recall, Shapes
 
@@ -59,7 +59,8 @@ EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench",
     "spectrum", "quality", "eight_bits", "pictures", "captions", "starts", "switches",
     "wan_memory", "wan_speed", "convert", "worlds", "flicker", "failures", "normal",
-    "memory_figure", "memory", "digit_pairs", "tables", "everything")]
+    "memory_figure", "memory", "digit_pairs", "paper", "paper_verdicts", "paper_tables", "tables",
+    "everything")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS
 
@@ -398,6 +399,7 @@ def numbers_of_the_toy() -> dict[str, bool]:
         "48": '"48: fast blue square"' in README,
         "0.5": "0.5 * " in metrics,
         "1.5": "1.5 * " in metrics,
+        "64": paper.HEAD == 64 == PRESETS["small"].dim // PRESETS["small"].heads,
     }
 
 
