@@ -69,7 +69,6 @@ from rope3d import Rope3D, Table, axis_pairs, rotate
 
 # ---- softmax attention itself --------------------------------------------------------------
 
-
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T * scale) v: q [B, H, L, d], k [B, H, T, d], v [B, H, T, V] -> [B, H, L, V].
 
@@ -384,7 +383,6 @@ class MLA(nn.Module):
 
 
 # ---- a dense layer becomes MLA ---------------------------------------------------------------
-
 
 def fill_by_svd(mla: MLA, dense: Dense, turning: list[int]) -> None:
     """Copy into `mla` what a dense layer knows; `turning` are the channels of a head that keep

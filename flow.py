@@ -48,7 +48,6 @@ FEW_SHIFT = 5.0              # its levels are then the literature's: 1, 0.9375, 
 
 # ---- the path --------------------------------------------------------------------------------
 
-
 def shift(u, k: float = SHIFT):
     """S_k(u) = k u / (1 + (k - 1) u): a uniform u in [0, 1] becomes a noise level that dwells
     near 1.
@@ -195,7 +194,6 @@ SAMPLERS = {
 
 
 # ---- from chunk to chunk ---------------------------------------------------------------------
-
 
 class Stream:
     """Videos in the making: a model, their captions (words [B, S], or rows [B, S, text]), and

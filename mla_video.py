@@ -56,7 +56,8 @@ class Config:
     patch: int = 4                     # a token is a patch of 4 x 4 pixels
     words: int = 32                    # caption vocabulary; word 0 means "not said"
     slots: int = 3                     # S, words of a caption
-    frames: int = 12                   # of a training clip: the cache's horizon
+    frames: int = 12                   # of a training clip
+    horizon: int = 0                   # no time is beyond (cache.py); 0: the clip's frames
     chunk: int = 3                     # frames made together
     window: int = 12                   # frames seen, the sink and the chunk itself included
     sink: int = 0                      # first frames that are never forgotten
@@ -248,8 +249,9 @@ class VideoDiT(nn.Module):
         c = self.config
         weight = self.embed.weight
         return RollingCache(c.layers, batch, self.blocks[0].attention.widths, tokens=c.tokens,
-                            chunk=c.chunk, window=c.window, sink=c.sink, horizon=c.frames,
-                            device=device or weight.device, dtype=dtype or weight.dtype)
+                            chunk=c.chunk, window=c.window, sink=c.sink,
+                            horizon=c.horizon or c.frames, device=device or weight.device,
+                            dtype=dtype or weight.dtype)
 
     # ---- the ways to run it ------------------------------------------------------------------
 
@@ -369,7 +371,6 @@ class VideoDiT(nn.Module):
 
 # ---- which sizes go together, and three sets that do ----------------------------------------
 
-
 def check_sizes(c: Config) -> None:
     """ValueError in one line for a Config that describes no model.
 
@@ -384,7 +385,7 @@ def check_sizes(c: Config) -> None:
             need(type(value) is float and 0 < value < 1,
                  f"{name} must be a number between 0 and 1, {got}")
         elif name not in ("attention", "sink"):
-            least = int(name != "text")
+            least = int(name not in ("text", "horizon"))
             top = 1024 if name == "layers" else 2**20
             need(type(value) is int and least <= value <= top,
                  f"{name} must be a positive integer up to {top}, {got}")
@@ -405,6 +406,8 @@ def check_sizes(c: Config) -> None:
     need(c.window <= c.frames,
          f"a window of {c.window} frames is longer than the {c.frames} frames of a training "
          "clip: nothing would have trained those positions")
+    need(c.horizon == 0 or c.horizon >= c.window,
+         f"a horizon of {c.horizon} frames is shorter than the window of {c.window}")
     pixels = c.frames * c.channels * c.height * c.width
     need(c.frames * c.tokens <= 2**19 and pixels <= 2**27,
          f"a clip of {c.frames} x {c.height} x {c.width} pixels in patches of {c.patch} is "

@@ -95,7 +95,6 @@ def teacher_forcing_loss(model: VideoDiT, x0: Tensor, caption: Tensor, draws: Dr
 
 # ---- stage cd: consistency distillation ------------------------------------------------------
 
-
 def guided(model: Callable[[Tensor], Tensor], caption: Tensor, weight: float) -> Tensor:
     """v(none) + w (v(caption) - v(none)) for `model`, a function of the caption alone.
 
@@ -197,23 +196,23 @@ def self_rollout(stream: Stream, draws: Draws, exit: int, record: bool) -> Tenso
     return torch.cat([*chunks, answer], dim=1)
 
 
-def some_noise(video: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+def some_noise(video: Tensor, draws: Draws, k=FEW_SHIFT) -> tuple[Tensor, Tensor, Tensor]:
     """A video with noise of one level per video: (x [B, F, ...], sigma [B, F], eps).
 
-    sigma = S_5(u) for a uniform u, clamped to [0.02, 0.98], as released: near 0 both answers
+    sigma = S_k(u) for a uniform u, clamped to [0.02, 0.98], as released: near 0 both answers
     are the video itself, and near 1 each is the mean of its own clips. A tenth of the draws
     lands on 0.98.
     """
     B, frames = video.shape[:2]
     u = draws.uniform(B, 1)
-    sigma = shift(u, FEW_SHIFT).clamp(0.02, 0.98)
+    sigma = shift(u, k).clamp(0.02, 0.98)
     sigma = sigma.expand(B, frames)
     eps = draws.normal(*video.shape)
     return add_noise(video, eps, sigma), sigma, eps
 
 
 def dmd_gradient(video: Tensor, caption: Tensor, real: VideoDiT, fake: VideoDiT, draws: Draws,
-                 *, guidance: float = 1.0) -> Tensor:
+                 *, guidance: float = 1.0, k: float = FEW_SHIFT) -> Tensor:
     """The direction in which the generator's videos are *less* like real ones, [B, F, ...]:
     gradient descent walks against it.
 
@@ -236,7 +235,7 @@ def dmd_gradient(video: Tensor, caption: Tensor, real: VideoDiT, fake: VideoDiT,
     The floor is for a video that is already right. Only the real score is guided.
     """
     with torch.no_grad():
-        x, sigma, _ = some_noise(video, draws)
+        x, sigma, _ = some_noise(video, draws, k)
         v_fake = fake.bidirectional(x, sigma, caption)
         v_real = guided(lambda words: real.bidirectional(x, sigma, words), caption, guidance)
         mu_fake = answer_of(v_fake, x, sigma)
@@ -255,12 +254,13 @@ def dmd_loss(video: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (video - goal).square().mean()
 
 
-def critic_loss(fake: VideoDiT, video: Tensor, caption: Tensor, draws: Draws) -> Tensor:
+def critic_loss(fake: VideoDiT, video: Tensor, caption: Tensor, draws: Draws, *,
+                k: float = FEW_SHIFT) -> Tensor:
     """Flow matching of the critic on the generator's own videos, as they are now:
 
         L = mean (v_fake(x, sigma) - (eps - video))^2                                    (D3)
     """
     video = video.detach()
-    x, sigma, eps = some_noise(video, draws)
+    x, sigma, eps = some_noise(video, draws, k)
     v = fake.bidirectional(x, sigma, caption)
     return velocity_error(v, video, eps).mean()

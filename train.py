@@ -40,13 +40,13 @@ from engine.parallel import (any_of, join, mean_over_processes, my_device, proce
                              recordable, say, shard)
 from engine.progress import Progress
 from engine.run_files import (as_begun, asked_for, check_conversion, check_flags, check_memory,
-                              check_nothing_is_lost, check_resumable, finish, judge, kept,
-                              make_config, make_world, read_losses, read_state, report, save,
-                              size_name, sole_writer, starting_weights, trainable,
-                              with_words_of)
+                              check_nothing_is_lost, check_resumable, finish, judge,
+                              judge_like, kept, make_config, make_world, overrides,
+                              read_losses, read_state, report, save, size_name, sole_writer,
+                              starting_weights, trainable, with_words_of)
 from engine.trainer import (Resumable, blend, compiled, fast_products, frozen_copy,
                             recompute, rename_window, reopen_window, side_by_side)
-from flow import FEW_STEPS, SAMPLERS, Stream
+from flow import FEW_SHIFT, FEW_STEPS, SAMPLERS, Stream
 from mla_video import Config, VideoDiT
 from objectives import (consistency_loss, critic_loss, dmd_gradient, dmd_loss, score_loss,
                         self_rollout, teacher_forcing_loss)
@@ -76,6 +76,8 @@ class Recipe:
     spread: float = 1.0            # of the logit-normal noise level before its shift
     guidance: float = 1.0          # of the teacher in cd, of the real score in dmd; 1 is none
     critic: float = 1.0            # the critic's rates, as a multiple of the generator's
+    shift: float = FEW_SHIFT       # dmd: of the noise at which videos are judged
+    optimiser: str = "muon"        # of the matrices; "adamw": of all, betas (0, 0.999)
     every: int = 5                 # critic updates for one of the generator
     # Sampler steps at which the last chunk of a self-rollout may end.
     exits: tuple[int, ...] = tuple(range(FEW_STEPS))
@@ -154,14 +156,21 @@ class Learner:
         others = {id(weight): weight for weight in self.weights}
         for block in model.blocks:
             matrices = [weight for weight in block.parameters() if is_matrix(weight)]
-            muon = Muon(matrices, lr=times * recipe.lr_muon, weight_decay=0.01)
-            self.optimisers.append(muon)
+            if recipe.optimiser == "adamw":                # the paper's
+                first = self.adamw(matrices, times * recipe.lr_muon, (0.0, 0.999), 0.01)
+            else:
+                first = Muon(matrices, lr=times * recipe.lr_muon, weight_decay=0.01)
+            self.optimisers.append(first)
             for weight in matrices:
                 del others[id(weight)]
-        adamw = torch.optim.AdamW(
-            list(others.values()), lr=times * recipe.lr_adamw, betas=(0.9, 0.95),
-            weight_decay=0.0, capturable=recordable(self.weights[0].device))
-        self.optimisers.append(adamw)
+        betas = (0.0, 0.999) if recipe.optimiser == "adamw" else (0.9, 0.95)
+        rest = self.adamw(list(others.values()), times * recipe.lr_adamw, betas, 0.0)
+        self.optimisers.append(rest)
+
+    def adamw(self, weights: list[Tensor], lr: float, betas: tuple[float, float],
+              decay: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(weights, lr=lr, betas=betas, weight_decay=decay,
+                                 capturable=recordable(self.weights[0].device))
 
     def step(self, loss: Tensor, rate: Tensor) -> Tensor:
         """Change the weights so that the loss falls; returns the loss, without its graph."""
@@ -222,7 +231,7 @@ def generator_step(trainer: "Trainer", exit: int, rate: Tensor, fresh: Tensor, *
     fake = trainer.on_clips["critic"]
     with trainer.precision():
         gradient = dmd_gradient(video, caption, real, fake, trainer.draws,
-                                guidance=trainer.recipe.guidance)
+                                guidance=trainer.recipe.guidance, k=trainer.recipe.shift)
     loss = trainer.learner.step(dmd_loss(video, gradient), rate)
     trainer.average(fresh)
     return (loss, *end)
@@ -233,7 +242,7 @@ def critic_step(trainer: "Trainer", exit: int, rate: Tensor, *start: Tensor):
     video, caption, end = own_video(trainer, exit, False, *start)
     critic = trainer.on_clips["critic"]
     with trainer.precision():
-        loss = critic_loss(critic, video, caption, trainer.draws)
+        loss = critic_loss(critic, video, caption, trainer.draws, k=trainer.recipe.shift)
     loss = trainer.critic.step(loss, rate)
     return (loss, *end)
 
@@ -393,6 +402,7 @@ def train_from(args: argparse.Namespace) -> None:
                  curve=(0, 10**9), save_every=(1, 10**9), seed=(0, 2**31), workers=(0, 64))
     device = pick_device(my_device(args.device))
     args.machine = device.type
+    args.judge = ""
     join(device)
     out = Path(args.out)
     with sole_writer(out):
@@ -423,7 +433,7 @@ def train_stages(args: argparse.Namespace, state: dict | None, device: torch.dev
         recipes[reached] = recipe_to_go_on(args, state)
         stages = stages[stages.index(reached):]
         ahead = stages[1:]
-    check_flags(args, recipes, world)
+    check_flags(args, recipes, world, config)
     check_conversion(args, ahead, config, world)
     any_of(False, device)                  # process 0 writes when all have seen what was there
     with fast_products(), repeatable(args.deterministic, device):
@@ -441,6 +451,7 @@ def make_recipe(args: argparse.Namespace, stage: str, world) -> Recipe:
         value = getattr(args, name)
         if value is not None:
             given[name] = value
+    given |= overrides(args.recipe, Recipe())
     recipe = recipe_for(stage, torch.device(args.machine), **given)
     return replace(recipe, lr_muon=args.rate * recipe.lr_muon,
                    lr_adamw=args.rate * recipe.lr_adamw)
@@ -485,7 +496,7 @@ def train_stage(args: argparse.Namespace, recipe: Recipe, config: Config, world,
     model = model_of(config)
     score = None
     if stage == "dmd":
-        score = VideoDiT(config)
+        score = VideoDiT(judge_like(args, config))
     origin = "train.pt"
     if state is None:
         model, score, origin = starting_weights(args, model, score, stage,
@@ -580,6 +591,9 @@ def add_how(add) -> None:
     add("--batch", type=int, help="clips per step (default: 16 on a CPU, 64 on a GPU)")
     add("--rate", type=float, default=1.0, metavar="TIMES",
         help="learning rates, as a multiple of the recipe's")
+    add("--recipe", action="append", default=[], metavar="NAME=VALUE",
+        help="another value in the recipe of every stage that is trained, e.g. guidance=3; may "
+             "be repeated (class Recipe in train.py)")
     add("--seed", type=int, default=0)
     add("--device", default=default_device())
     add("--evaluate", type=int, default=64, metavar="N",

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.clips import Stored
 from engine.command_line import ROOT
 from engine.trainer import Resumable
-from flow import SAMPLERS, Stream, VideoDraws, rollout
+from flow import FEW_SHIFT, SAMPLERS, Stream, VideoDraws, rollout
 from mla_video import Config, VideoDiT
 
 RECENT = 10                    # points of a loss, of ten steps each: the last hundred steps
@@ -31,6 +31,8 @@ STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
 SECTION = '"What is normal?" in RESULTS.md'
 WINDOWS = 64                   # of own clips, on which the next chunk is judged
 STILL = 1e-4                   # a mean square change that is about one level of 256
+# What a recipe was that is older than these choices.
+RECIPE_BEFORE = {"shift": FEW_SHIFT, "optimiser": "muon"}
 
 
 # ---- the loss of good runs -------------------------------------------------------------------
@@ -84,8 +86,9 @@ def good_runs(kind: dict, folder: Path) -> tuple[list[dict], str]:
 
 
 def whole(kind: dict) -> dict:
-    """A kind with the sizes that were no choice yet when its run was made, at their defaults."""
-    return {**kind, "config": {**asdict(Config()), **kind["config"]}}
+    """A kind with what was no choice yet when its run was made, at its default."""
+    return {**kind, "config": {**asdict(Config()), **kind["config"]},
+            "recipe": {**RECIPE_BEFORE, **kind["recipe"]}}
 
 
 def known_spread(name: str, kind: dict, folder: Path = ROOT / "results") -> Spread | None:

@@ -180,8 +180,8 @@ def make_cache(model: VideoDiT, batch: int, format: Format | None = None) -> Rol
     groups = c.heads if c.attention == "dense" else 1
     return QuantisedCache(c.layers, batch, model.blocks[0].attention.widths, format=format,
                           groups=groups, tokens=c.tokens, chunk=c.chunk, window=c.window,
-                          sink=c.sink, horizon=c.frames, device=weight.device,
-                          dtype=weight.dtype)
+                          sink=c.sink, horizon=c.horizon or c.frames,
+                          device=weight.device, dtype=weight.dtype)
 
 
 def format_of(cache) -> Format | None:

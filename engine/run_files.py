@@ -8,6 +8,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -31,7 +32,7 @@ from engine.judging import JUDGES, evaluate, report_survival, unseen_captions
 from engine.latent_clips import Latents, are_latents
 from engine.loader import WorkerDied
 from engine.locks import lock
-from engine.normal import judge_next_chunk, loss_lines, next_chunk_line
+from engine.normal import RECIPE_BEFORE, judge_next_chunk, loss_lines, next_chunk_line
 from engine.parallel import processes, rank, say
 from engine.progress import watched
 from engine.trainer import Resumable
@@ -42,6 +43,7 @@ from mla_video import PRESETS, Config, VideoDiT
 from objectives import score_loss, teacher_forcing_loss
 from toy_data import CAPTION_SLOTS, WORDS, WORLDS
 
+OPTIMISERS = ("muon", "adamw")            # of matrices
 STAGES = ("score", *SAMPLERS)                              # a score model cannot stream
 STATE = {"config", "recipe", "asked", "step", "seconds", "learner", "critic", "frozen",
          "videos", "ema", "losses", "recent"}
@@ -49,12 +51,15 @@ STATE = {"config", "recipe", "asked", "step", "seconds", "learner", "critic", "f
 KEPT = {"stage": str, "data": str, "layout": (str, type(None)), "border": bool, "preset": str,
         "attention": str, "config": list, "steps": (int, type(None)),
         "batch": (int, type(None)), "seed": int, "deterministic": bool,
-        "from_dense": (str, type(None)), "conversion": str, "rate": float}
+        "from_dense": (str, type(None)), "conversion": str, "rate": float, "recipe": list}
 # What a train.pt that is older than a flag was begun with.
-BEFORE = {"from_dense": None, "conversion": "data", "started": "", "rate": 1.0}
+BEFORE = {"from_dense": None, "conversion": "data", "started": "", "rate": 1.0, "recipe": [],
+          "judge": ""}
 # And what train.pt holds besides: the kind of device that the recipe is for, which data it was,
-# whatever its file is called, and the stage of the weights that the run started from.
-ASKED = {**KEPT, "machine": str, "fingerprint": str, "started": str}
+# whatever its file is called, the stage of the weights that the run started from, and the
+# attention of the real score, "" where there is none.
+ASKED = {**KEPT, "machine": str, "fingerprint": str, "started": str, "judge": str}
+JUDGE_KINDS = ("", "mla", "dense", "homogeneous")
 # The dense models that a stage may start from, as MLA.
 DENSE = {"tf": ("score", "tf"), "cd": ("tf",), "dmd": ("cd", "tf")}
 
@@ -117,6 +122,36 @@ def read_sizes(items: list[str]) -> dict[str, int]:
     return chosen
 
 
+def overrides(items: list[str], recipe) -> dict:
+    """The NAME=VALUE of --recipe, for a `recipe` whose values tell the kinds; UserError for
+    anything else."""
+    kinds = {}
+    for name, value in asdict(recipe).items():
+        if name not in ("stage", "steps", "batch", "seed", "exits"):   # most have their flags
+            kinds[name] = type(value)
+    chosen = {}
+    for item in items:
+        name, _, text = item.partition("=")
+        if name not in kinds:
+            raise UserError(f"--recipe takes NAME=VALUE with one of {', '.join(kinds)}; got "
+                            f"{item!r}")
+        chosen[name] = recipe_value(item, text, kinds[name])
+    return chosen
+
+
+def recipe_value(item: str, text: str, kind: type) -> float | int | str:
+    if kind is str:
+        if text not in OPTIMISERS:
+            raise UserError(f"--recipe {item!r}: there are {', '.join(OPTIMISERS)}")
+        return text
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+        if 0 <= value < math.inf:
+            return value
+    number = "a whole number" if kind is int else "a number"
+    raise UserError(f"--recipe {item!r} wants {number} of 0 or more")
+
+
 def make_world(args: argparse.Namespace, config: Config):
     """The clips of --data, for a model of this config."""
     with as_user_error():
@@ -126,7 +161,7 @@ def make_world(args: argparse.Namespace, config: Config):
                           args.border)
 
 
-def check_flags(args: argparse.Namespace, recipes: dict, world) -> None:
+def check_flags(args: argparse.Namespace, recipes: dict, world, config: Config) -> None:
     """UserError for flags that do not go together; a line for a world that they cut short."""
     if world.frames < world.whole:
         say(f"a clip of {world.frames} frames does not show all of {world.name}: "
@@ -141,6 +176,9 @@ def check_flags(args: argparse.Namespace, recipes: dict, world) -> None:
         if recipe.batch % processes():
             raise UserError(f"a batch of {recipe.batch} clips cannot be divided among "
                             f"{processes()} processes: choose another --batch")
+    if "dmd" in recipes and config.horizon > config.frames:
+        raise UserError("stage dmd goes on with videos whose chunks stand at the horizon, which "
+                        "so may be no longer than a clip: leave --config horizon away")
     if args.curve and (world.name not in JUDGES or args.stage == "score"):
         raise UserError("--curve judges rollouts in a world whose truth is known "
                         f"({', '.join(JUDGES)}); not in {world.name}, nor of a score model")
@@ -193,6 +231,7 @@ def starting_weights(args: argparse.Namespace, model: VideoDiT, score: VideoDiT 
     becomes the stage of the model's weights, or "scratch"."""
     out = Path(args.out)
     args.started = "scratch"
+    args.judge = ""
     origins = []
     start = Path(args.start or out / f"{allowed[0]}.pt")
     left = allowed[0] != "" and start.is_file()
@@ -206,6 +245,7 @@ def starting_weights(args: argparse.Namespace, model: VideoDiT, score: VideoDiT 
     if stage == "dmd":
         path = Path(args.score or out / "score.pt")
         score, _ = load_start(path, stage, ("score",), model.config, world)
+        args.judge = score.config.attention
         origins.append(str(path))
     return model, score, " and ".join(origins) or "scratch"
 
@@ -224,8 +264,24 @@ def load_start(path: Path, stage: str, allowed: tuple[str, ...], config: Config,
         raise UserError(f"stage {stage} needs {needed}, and there is none at {path}: train it "
                         f"with --stage {allowed[0] or stage}, or name one with {flag}")
     model, about = load_model(path)
+    if allowed == ("score",) and model.config.attention == "dense":
+        config = dense_like(model.config, config)          # it may judge MLA of any sizes
     check_start(path, model.config, about, stage, allowed, config, world)
     return model.float(), about["stage"]
+
+
+def dense_like(theirs: Config, config: Config) -> Config:
+    """`config` with dense attention, and for sizes that it has no use for those of `theirs`."""
+    own = asdict(theirs)
+    unused = {name: own[name] for name in MLA_ALONE}
+    return replace(config, **{**unused, "attention": "dense"})
+
+
+def judge_like(args: argparse.Namespace, config: Config) -> Config:
+    """That of the real score of a run: of the model, or dense."""
+    if args.judge == "dense":
+        return replace(config, attention="dense")
+    return config
 
 
 def check_start(path: Path, theirs: Config, about: dict, stage: str, allowed: tuple[str, ...],
@@ -274,9 +330,7 @@ def load_dense(source: str, stage: str, config: Config, world) -> VideoDiT:
         raise UserError(f"--from-dense names a dense model, and there is none at {path}: train "
                         "one with `python train.py --attention dense`")
     model, about = load_model(path)
-    own = asdict(model.config)
-    kept = {name: own[name] for name in MLA_ALONE}
-    needed = replace(config, **{**kept, "attention": "dense"})
+    needed = dense_like(model.config, config)
     check_start(path, model.config, about, stage, DENSE[stage], needed, world)
     with as_user_error():
         check_alike(model.config, config)
@@ -312,7 +366,7 @@ def asked_for(args: argparse.Namespace, world) -> dict:
     """What train.pt holds of the flags, so that --resume need not be given them again."""
     kept = {name: getattr(args, name) for name in KEPT}
     return {**kept, "machine": args.machine, "fingerprint": world.fingerprint,
-            "started": args.started}
+            "started": args.started, "judge": args.judge}
 
 
 def as_begun(args: argparse.Namespace, state: dict) -> argparse.Namespace:
@@ -330,6 +384,7 @@ def as_begun(args: argparse.Namespace, state: dict) -> argparse.Namespace:
                         "file now: name where it is with --data")
     flags["machine"] = asked["machine"]
     flags["started"] = asked["started"]
+    flags["judge"] = asked["judge"]
     return argparse.Namespace(**flags)
 
 
@@ -343,6 +398,8 @@ def read_state(path: Path) -> dict:
     if isinstance(state["asked"], dict):
         state["asked"] = {**BEFORE, **state["asked"]}
     good = isinstance(state["config"], dict) and isinstance(recipe, dict)
+    if isinstance(recipe, dict):
+        recipe = state["recipe"] = {**RECIPE_BEFORE, **recipe}
     if good:
         # An older file does not say what was no choice then: it is at its default.
         state["config"] = {**asdict(Config()), **state["config"]}
@@ -362,7 +419,7 @@ def were_flags(asked) -> bool:
     if not all(isinstance(asked[name], kind) for name, kind in ASKED.items()):
         return False
     stages = (*STAGES, "all")
-    if asked["conversion"] not in ("data", "weights"):
+    if asked["conversion"] not in ("data", "weights") or asked["judge"] not in JUDGE_KINDS:
         return False
     return (asked["stage"] in stages and asked["preset"] in PRESETS
             and asked["machine"] in ("cpu", "cuda", "mps"))
@@ -381,6 +438,7 @@ def check_resumable(path: Path, state: dict, args: argparse.Namespace, stages: l
     check_same(path, "--from-dense", asked["from_dense"], args.from_dense)
     check_same(path, "--conversion", asked["conversion"], args.conversion)
     check_same(path, "--rate", asked["rate"], args.rate)
+    check_same(path, "--recipe", asked["recipe"], args.recipe)
     if args.batch is not None:
         check_same(path, "batch", theirs["batch"], args.batch)
     # Which clips they are decides, and not what their file is called.

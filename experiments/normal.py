@@ -77,13 +77,17 @@ class Curves:
         self.origin = provenance(self.device)
         self.found = {}                    # {job: its entry in the file}
         if args.json.exists():
-            for entry in json.loads(args.json.read_text())["runs"]:
-                self.found[Job(entry["way"], entry["seed"])] = entry
+            self.read()
         self.running = {}                  # {job: process}
         self.cards = {}                    # {job that runs: its GPU}
         self.trained = set()               # those whose weights lie in their folders
         self.failed = []
         self.deadline = time.monotonic() + 60 * args.minutes
+
+    def read(self) -> None:
+        """What the file has."""
+        for entry in json.loads(self.args.json.read_text())["runs"]:
+            self.found[Job(entry["way"], entry["seed"])] = entry
 
     # -- one job
 

@@ -21,7 +21,7 @@ if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from engine.command_line import short_commit
-from experiments import convert, verdicts
+from experiments import convert, paper, paper_tables, verdicts
 from experiments import eight_bits as cache_bits
 from experiments import wan_speed as wan_size
 from experiments.memory import table as recall_table
@@ -697,12 +697,54 @@ def wan_speed() -> str:
     return "\n\n".join([*parts, f"{wan_size.said(found)} {origin(name)}"])
 
 
+# ---- the paper's choices: each takes a GPU, so they may not have been measured yet --------------
+
+def paper_found() -> dict[str, dict]:
+    """{table: what its file holds}, of those that there are; "speed" is Wan's."""
+    names = {table: f"paper_{table}.json" for table in paper.TABLES}
+    names["speed"] = "wan_speed.json"
+    return {table: results(name) for table, name in names.items()
+            if (ROOT / "results" / name).exists()}
+
+
+def paper_choice(table: str) -> str:
+    found = paper_found()
+    if table not in found:
+        return f"Not measured yet: `{paper_tables.command(table)}` does it, on one H100."
+    return paper_tables.one_table(found[table], markdown, origin)
+
+
+def paper_latent() -> str:
+    return paper_choice("latent")
+
+
+def paper_split() -> str:
+    return paper_choice("split")
+
+
+def paper_start() -> str:
+    return paper_choice("start")
+
+
+def paper_window() -> str:
+    return paper_choice("window")
+
+
+def paper_recipe() -> str:
+    return paper_choice("recipe")
+
+
+def paper_claims() -> str:
+    return paper_tables.verdicts(paper_found(), markdown)
+
+
 # ---- both files ------------------------------------------------------------------------------
 
 FILES = {
     "README.md": (training, four, claims),
     "RESULTS.md": (memory, minute, recall, worlds, digits, eight_bits, captions, switches, starts,
-                   stages, normal, attention, model, wan_speed, rank, conversion, exact),
+                   stages, normal, attention, model, wan_speed, rank, conversion, paper_claims,
+                   paper_latent, paper_split, paper_start, paper_window, paper_recipe, exact),
 }
 TABLES = {table.__name__: table for tables in FILES.values() for table in tables}
 

@@ -289,6 +289,21 @@ def test_streaming_with_the_ring_is_streaming_with_a_list(code, sizes, B, chunks
         model.commit(x, caption, plain)
 
 
+@torch.no_grad()
+def test_a_model_may_have_a_horizon_of_its_own(code):
+    """`horizon` is that of its cache; 0 is the clip's length, and none is below the window."""
+    config = replace(code.mla_video.Config(), dim=32, layers=1, heads=2, rope=6, window=6, sink=1)
+    for horizon, wanted in ((0, 12), (6, 6), (2**20, 2**20)):
+        model = code.mla_video.VideoDiT(replace(config, horizon=horizon))
+        cache = model.make_cache(1)
+        assert cache.horizon == wanted
+        cache.seen = 9
+        _, own = cache.positions()
+        assert own[0] == min(9, wanted - 3)
+    with pytest.raises(ValueError, match="horizon of 5 frames is shorter than the window of 6"):
+        replace(config, horizon=5)
+
+
 @forall(sizes=configs(), B=st.integers(1, 2), committed=st.integers(0, 4),
         steps=st.integers(1, 3), recorded=st.booleans(), seed=seeds)
 def test_denoising_leaves_no_trace(code, sizes, B, committed, steps, recorded, seed):

@@ -191,13 +191,14 @@ def own_video(code, trainer, caption, mine):
 
 
 def test_the_generators_step_minimises_its_objective_at_the_recipes_numbers(code):
-    trainer = a_trainer(code, "dmd", **NUMBERS)
+    trainer = a_trainer(code, "dmd", **NUMBERS, shift=2.0)
     take_step(code, trainer, "critic")                     # the critic is no copy any more
     caption = trainer.batch(0)[1]
     mine = draws(code, 5)
     video = own_video(code, trainer, caption, mine)
     gradient = code.objectives.dmd_gradient(
-        video, caption, trainer.on_clips["score"], trainer.critic.model, mine, guidance=2.5)
+        video, caption, trainer.on_clips["score"], trainer.critic.model, mine, guidance=2.5,
+        k=2.0)
     wanted = code.objectives.dmd_loss(video, gradient)
     trainer.draws.generator.manual_seed(5)
     got = take_step(code, trainer, "generator")
@@ -205,14 +206,28 @@ def test_the_generators_step_minimises_its_objective_at_the_recipes_numbers(code
 
 
 def test_the_critics_step_minimises_its_objective(code):
-    trainer = a_trainer(code, "dmd")
+    trainer = a_trainer(code, "dmd", shift=2.0)
     caption = trainer.batch(0)[1]
     mine = draws(code, 5)
     video = own_video(code, trainer, caption, mine)
-    wanted = code.objectives.critic_loss(trainer.critic.model, video, caption, mine)
+    wanted = code.objectives.critic_loss(trainer.critic.model, video, caption, mine, k=2.0)
     trainer.draws.generator.manual_seed(5)
     got = take_step(code, trainer, "critic")
     assert_same(got, wanted, 1e-6, "not (D3) of the videos that the model makes now")
+
+
+def test_the_papers_optimiser_is_adamw_of_all_weights(code):
+    trainer = a_trainer(code, "tf", optimiser="adamw", lr_muon=0.02, lr_adamw=0.01)
+    matrices, rest = trainer.learner.optimisers
+    for optimiser, lr in ((matrices, 0.02), (rest, 0.01)):
+        assert isinstance(optimiser, torch.optim.AdamW)
+        group, = optimiser.param_groups
+        assert group["betas"] == (0.0, 0.999) and group["lr"] == lr
+    _, last = a_trainer(code, "tf").learner.optimisers
+    assert last.param_groups[0]["betas"] == (0.9, 0.95), "ours stays as it is"
+    before = snapshot(trainer.model)
+    step_on(trainer)
+    assert moved(before, trainer.model)
 
 
 def test_captions_under_way_change_as_often_as_the_recipe_says(code):

@@ -1,0 +1,587 @@
+"""The paper's choices, table by table: what each is worth in quality over a minute of video.
+
+    python -m experiments.paper latent --jobs 6 --minutes 9        trains, judges, and writes
+                                               results/paper_latent.json; again: goes on
+    python -m experiments.paper split --quick --seeds 1            a tiny model, minutes on a CPU
+
+    latent   C from E/32 to E/2, and dense attention (the paper's table 5a)
+    split    N content and R position channels of heads of 64, on the preset small (table 5b)
+    start    how MLA begins that a dense model becomes: cut by the weights with the mean of the
+             heads' rope keys, cut by its inputs with the better key (engine/convert.py), or
+             with attention at random; after few steps and many, at two rates of learning
+    window   1 sink frame and 6 more, which the chunk joins (10 see each other) or is among (7),
+             against the whole clip; times counted anew from the clip's length on, from the
+             window's, or never
+    recipe   stage dmd with the paper's critic rate (0.2 of the generator's), guidance (3) and
+             optimiser (AdamW, 0 and 0.999), one at a time and together. Its shift, 5, is ours
+             here: that row has 3, the shift of stage tf
+
+Models of the first, third, fourth and fifth begin as the paper's do: a dense model of whole
+clips (`score`, in the place of Wan) becomes MLA by train.py --from-dense and goes through tf,
+cd and dmd, where the same dense model is the real score. Recipes are the GPU's with fewer steps
+(`Plan`). Those of `split` are of stage tf alone, from scratch. In `window` dmd makes new videos
+at every step (restart 1), since the paper's training never leaves the clip.
+
+A run is a process of train.py, a judging one of this program. Both are dealt out to the GPUs
+there are, in folders of --runs that tables share, and are resumed if --minutes, Ctrl-C or
+SIGTERM broke them off; the JSON is written whenever a row is judged. Each model makes videos of
+960 frames for captions of clips that it has not seen, judged by experiments/quality.py: `early`
+are means over the first 120 frames, `late` over the last. `place` is the share of frames of a
+last chunk, made after a true past, with the subject within a pixel of its true place. `loss`
+is of teacher forcing, on unseen clips. experiments/paper_verdicts.py has the rules.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+if not __package__:                    # started by its path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from engine.checkpoint import load_model, save_model
+from engine.command_line import (ROOT, UserError, check_bounds, default_device, pick_device,
+                                 provenance, run)
+from engine.convert import CLIPS, MLA_ALONE, convert, moments_of_weights
+from engine.trainer import fast_products
+from experiments.convert import by_the_mean, narrow, random_start
+from experiments.normal import STOPPED, Curves
+from experiments.quality import curves, draws_on
+from flow import SAMPLERS, Stream, rollout
+from metrics import alive, centroid
+from mla_video import VideoDiT
+from objectives import teacher_forcing_loss
+from toy_data import make_world
+
+UNSEEN = 10_000                        # seeds from here on are of clips that no training draws
+ENDS = 10                              # stretches of 12 frames of which `early` and `late` are
+NEVER = 2**20                          # a horizon that no video reaches
+Sizes = tuple[tuple[str, int], ...]    # names and values of --config
+
+
+# ---- what is trained -------------------------------------------------------------------------
+
+class Way(NamedTuple):
+    """A training: its folder, and a command of train.py. Equal ways are one training."""
+    name: str
+    stage: str
+    steps: int
+    sizes: Sizes = ()                  # those in which it differs from the plan's
+    start: "Way | None" = None         # whose weights it takes
+    dense: "Way | None" = None         # whose weights become MLA
+    score: "Way | None" = None         # the real score
+    made: str = ""                     # how they become it: "" as train.py does, "mean", "random"
+    words: tuple[str, ...] = ()        # more flags
+
+    def __str__(self) -> str:
+        return self.name
+
+    def needs(self) -> list["Way"]:
+        return [way for way in (self.start, self.dense, self.score) if way]
+
+
+class Model(NamedTuple):
+    """What a row has judged: a trained way, read with some horizon (0: its own)."""
+    label: str
+    way: Way
+    horizon: int = 0
+
+
+class Row(NamedTuple):
+    """Of a table: its name, what it differs in, its models."""
+    name: str
+    facts: tuple[tuple[str, float | str], ...]
+    models: tuple[Model, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def needs(self) -> list[Way]:
+        return list(dict.fromkeys(model.way for model in self.models))
+
+
+class Job(NamedTuple):
+    """A way to train or a row to judge, with a seed."""
+    way: Way | Row
+    seed: int
+
+    def needs(self) -> list["Job"]:
+        return [Job(way, self.seed) for way in self.way.needs()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything."""
+    dim: int                           # E
+    words: tuple[str, ...]             # flags of all trainings
+    score: int                         # steps of the stages
+    tf: int
+    cd: int
+    dmd: int
+    split: int                         # steps of a model of `split`
+    split_words: tuple[str, ...]
+    short: int                         # steps after which starts are judged
+    long: int
+    videos: int
+    split_videos: int
+    frames: int
+
+
+# Half the steps of the recipe of stages cd and dmd, and a third of those before: a table shall
+# take less than a quarter of an hour of one GPU.
+FULL = Plan(128, (), score=6000, tf=6000, cd=1000, dmd=800, split=3000,
+            split_words=("--preset=small", "--batch=16"), short=300, long=2000, videos=256,
+            split_videos=64, frames=960)
+TINY = ("--config=layers=2", "--config=ffn=128", "--batch=4", "--save-every=1000")
+QUICK = Plan(64, (*TINY, "--config=dim=64", "--config=heads=2", "--config=query_latent=32"),
+             score=20, tf=20, cd=6, dmd=6, split=20,
+             split_words=(*TINY, "--config=dim=128", "--config=heads=2"), short=4, long=20,
+             videos=4, split_videos=4, frames=36)
+
+
+def chain(name: str, plan: Plan, sizes: Sizes, words: tuple[str, ...] = ()) -> list[Way]:
+    """The ways tf, cd and dmd of MLA with these sizes, from the dense score model; `words` are
+    flags of dmd."""
+    judge = score(plan)
+    tf = Way(f"{name}/tf", "tf", plan.tf, sizes, dense=judge)
+    cd = Way(f"{name}/cd", "cd", plan.cd, sizes, start=tf)
+    dmd = Way(f"{name}/dmd", "dmd", plan.dmd, sizes, start=cd, score=judge, words=words)
+    return [tf, cd, dmd]
+
+
+def score(plan: Plan) -> Way:
+    return Way("dense/score", "score", plan.score, words=("--attention=dense",))
+
+
+def dense_chain(plan: Plan) -> list[Way]:
+    """The same stages with dense attention."""
+    judge = score(plan)
+    dense = ("--attention=dense",)
+    tf = Way("dense/tf", "tf", plan.tf, start=judge, words=dense)
+    cd = Way("dense/cd", "cd", plan.cd, start=tf, words=dense)
+    dmd = Way("dense/dmd", "dmd", plan.dmd, start=cd, score=judge, words=dense)
+    return [tf, cd, dmd]
+
+
+def paper_chain(plan: Plan) -> list[Way]:
+    """MLA in the paper's proportion, C = E / 8."""
+    C = plan.dim // 8
+    return chain(f"C{C}", plan, (("latent", C),))
+
+
+def by_stage(ways: list[Way]) -> tuple[Model, ...]:
+    return tuple(Model(way.stage, way) for way in ways)
+
+
+# ---- the tables ------------------------------------------------------------------------------
+
+def latent(plan: Plan) -> list[Row]:
+    rows = []
+    for share in (32, 16, 8, 4, 2):
+        C = plan.dim // share
+        ways = chain(f"C{C}", plan, (("latent", C),))
+        rows.append(Row(f"E/{share}", (("C", C),), by_stage(ways)))
+    rows.append(Row("dense", (), by_stage(dense_chain(plan))))
+    return rows
+
+
+HEAD = 64
+SPLITS = (8, 16, 32, 48)               # R; the paper's 16, 32, 64, 96 of heads of 128
+
+
+def split(plan: Plan) -> list[Row]:
+    rows = []
+    for R in SPLITS:
+        way = Way(f"split/R{R}", "tf", plan.split, (("rope", R),), words=plan.split_words)
+        facts = (("N", HEAD - R), ("R", R))
+        rows.append(Row(f"{HEAD - R}/{R}", facts, by_stage([way])))
+    return rows
+
+
+STARTS = {"mean": "by weights, mean key", "": "by inputs, better key", "random": "random"}
+RATES = (0.3, 1.0)
+
+
+def start(plan: Plan) -> list[Row]:
+    """A row for each start, rate and number of steps: {start}, {rate}, {short or long}."""
+    dense, *_ = dense_chain(plan)
+    sizes = (("latent", plan.dim // 8),)
+    rows = []
+    for length in ("short", "long"):
+        steps = getattr(plan, length)
+        for made, name in STARTS.items():
+            for rate in RATES:
+                folder = f"start/{made or 'factors'}_{rate:g}_{steps}"
+                way = Way(folder, "tf", steps, sizes, dense=dense, made=made,
+                          words=(f"--rate={rate:g}",))
+                facts = (("start", name), ("rate", rate), ("steps", steps))
+                rows.append(Row(f"{name}, rate {rate:g}, {length}", facts, by_stage([way])))
+    return rows
+
+
+WINDOWS = {                            # {name: (window, sink)}; the window counts both
+    "1 + 6, then the chunk": (10, 1),
+    "1 + 6 with the chunk": (7, 1),
+}
+AT_NEW = ("--recipe=restart=1",)       # dmd: at every step videos begin
+
+
+def window(plan: Plan) -> list[Row]:
+    C = ("latent", plan.dim // 8)
+    tf, cd, dmd = paper_chain(plan)
+    young = dmd._replace(name="window/whole/dmd", words=AT_NEW)
+    rows = [Row("whole clip", (("window", 12), ("sink", 0), ("horizon", "clip")),
+                by_stage([cd, young]))]
+    for name, (frames, sink) in WINDOWS.items():
+        sizes = (C, ("window", frames), ("sink", sink))
+        ways = chain(f"window/{frames}", plan, sizes, AT_NEW)[1:]
+        for when, horizon in (("clip", 0), ("window", frames), ("never", NEVER)):
+            models = tuple(Model(way.stage, way, horizon) for way in ways)
+            facts = (("window", frames), ("sink", sink), ("horizon", when))
+            rows.append(Row(f"{name}, {when}", facts, models))
+    old = (Model("dmd", dmd),)
+    rows.append(Row("whole clip, old videos in dmd", (("window", 12), ("sink", 0)), old))
+    return rows
+
+
+RECIPES = {
+    "ours": (),
+    "critic 0.2": ("critic=0.2",),
+    "guidance 3": ("guidance=3",),
+    "AdamW": ("optimiser=adamw",),
+    "shift 3": ("shift=3",),
+    "all of the paper's": ("critic=0.2", "guidance=3", "optimiser=adamw"),
+}
+
+
+def recipe(plan: Plan) -> list[Row]:
+    *_, ours = paper_chain(plan)
+    rows = []
+    for name, values in RECIPES.items():
+        way = ours
+        if values:
+            words = tuple(f"--recipe={value}" for value in values)
+            folder = name.replace(" ", "_").replace("'", "")
+            way = ours._replace(name=f"recipe/{folder}", words=words)
+        rows.append(Row(name, (), (Model("dmd", way),)))
+    return rows
+
+
+TABLES = {"latent": latent, "split": split, "start": start, "window": window, "recipe": recipe}
+
+
+# ---- training and judging them all -----------------------------------------------------------
+
+class Table(Curves):
+    """Trains what the rows of a table need, judges them, and keeps what is found in a file."""
+
+    def __init__(self, args: argparse.Namespace, rows: list[Row], plan: Plan):
+        self.rows = rows
+        self.plan = plan
+        super().__init__(args)
+
+    def read(self) -> None:
+        """What the file has of these rows."""
+        named = {row.name: row for row in self.rows}
+        for entry in json.loads(self.args.json.read_text())["rows"]:
+            if entry["row"] in named:
+                self.found[Job(named[entry["row"]], entry["seed"])] = entry
+
+    # -- one job
+
+    def folder(self, job: Job) -> Path:
+        name = job.way.name
+        if isinstance(job.way, Row):
+            name = f"judged/{self.args.table}/{name.replace('/', '_')}"
+        return self.args.runs / self.device.type / name / f"seed_{job.seed}"
+
+    def look_for_weights(self, job: Job) -> None:
+        """Is it done? A training that ended has a report, one that was stopped has none."""
+        if isinstance(job.way, Row):
+            done = (self.folder(job) / "judged.json").exists()
+        else:
+            report = self.folder(job) / f"report_{job.way.stage}.json"
+            done = report.exists() and json.loads(report.read_text())["steps"] >= job.way.steps
+        if done:
+            self.trained.add(job)
+
+    def weights(self, job: Job) -> Path:
+        return self.folder(job) / f"{job.way.stage}.pt"
+
+    def command(self, job: Job) -> list[str]:
+        if isinstance(job.way, Row):
+            return self.judging(job)
+        way = job.way
+        folder = self.folder(job)
+        words = [sys.executable, "train.py", f"--stage={way.stage}", f"--steps={way.steps}",
+                 f"--seed={job.seed}", f"--device={self.args.device}", "--evaluate=0",
+                 f"--out={folder}"]
+        if "split" not in way.name:
+            words += self.plan.words
+        words += [f"--config={name}={value}" for name, value in way.sizes]
+        words += way.words
+        if (folder / "train.pt").exists():
+            words.append("--resume")
+        else:
+            words += self.begins_from(job)
+        return words + shlex.split(self.args.flags)
+
+    def begins_from(self, job: Job) -> list[str]:
+        """The flags that name what a way takes from others."""
+        way = job.way
+        words = []
+        if way.start:
+            words.append(f"--start={self.weights(Job(way.start, job.seed))}")
+        if way.made:
+            words.append(f"--start={self.made(job)}")
+        elif way.dense:
+            words.append(f"--from-dense={self.fitted(way.dense, job)}")
+        if way.score:
+            words.append(f"--score={self.fitted(way.score, job)}")
+        return words
+
+    def fitted(self, dense: Way, job: Job) -> Path:
+        """The weights of a dense model; with other window and sink, if the way has others, for
+        a model of whole clips has no use for either."""
+        path = self.weights(Job(dense, job.seed))
+        other = {name: size for name, size in job.way.sizes if name not in MLA_ALONE}
+        if not other:
+            return path
+        model, about = load_model(path)
+        copy = VideoDiT(replace(model.config, **other))
+        copy.load_state_dict(model.state_dict())
+        save_model(self.folder(job) / "dense.pt", copy, **about)
+        return self.folder(job) / "dense.pt"
+
+    def made(self, job: Job) -> Path:
+        """A file with the MLA model that a dense one becomes otherwise than by train.py."""
+        dense, about = load_model(self.weights(Job(job.way.dense, job.seed)))
+        config = narrow(dense.config, dict(job.way.sizes)["latent"])
+        if job.way.made == "random":
+            model = random_start(dense, config, job.seed)
+        else:
+            model = convert(dense, config, moments_of_weights(dense), make=by_the_mean)
+        path = self.folder(job) / "start.pt"
+        save_model(path, model, **{**about, "stage": ""})
+        return path
+
+    def judging(self, job: Job) -> list[str]:
+        videos = self.plan.videos
+        if self.args.table == "split":
+            videos = self.plan.split_videos
+        words = [sys.executable, "-m", "experiments.paper", "judge", f"--seed={job.seed}",
+                 f"--device={self.args.device}", f"--videos={videos}",
+                 f"--frames={self.plan.frames}", f"--out={self.folder(job) / 'judged.json'}"]
+        for model in job.way.models:
+            path = self.weights(Job(model.way, job.seed))
+            words += ["--model", model.label, str(path), str(model.horizon)]
+        return words
+
+    def end(self, job: Job) -> None:
+        process = self.running.pop(job)
+        self.cards.pop(job, None)
+        if process.returncode not in STOPPED:
+            lines = (self.folder(job) / "log.txt").read_text().splitlines() or ["no output"]
+            self.failed.append(f"{job.way}, seed {job.seed}: {lines[-1]}")
+            return
+        self.look_for_weights(job)
+        if job in self.trained:
+            print(f"{job.way}, seed {job.seed}: done", flush=True)
+            self.enter(job)
+
+    def enter(self, job: Job) -> None:
+        """Keep what a judging found."""
+        if not isinstance(job.way, Row):
+            return
+        found = json.loads((self.folder(job) / "judged.json").read_text())
+        trained = {}
+        for model in job.way.models:
+            report = self.folder(Job(model.way, job.seed)) / f"report_{model.way.stage}.json"
+            trained[model.label] = json.loads(report.read_text())["training_seconds"]
+        self.found[job] = {"row": job.way.name, "seed": job.seed, **dict(job.way.facts),
+                           "training_seconds": trained, **found,
+                           "commit": self.origin["commit"]}
+        self.save()
+
+    # -- all of them
+
+    def wanted(self) -> list[Job]:
+        wanted = []
+        for seed in range(self.args.seeds):
+            for row in self.rows:
+                job = Job(row, seed)
+                if self.known(job):
+                    continue
+                self.add(job, wanted)
+                if job in self.trained:    # the file was lost, and the folder was not
+                    self.enter(job)
+        return wanted
+
+    def known(self, job: Job) -> bool:
+        return job in self.found
+
+    def judged(self) -> tuple[int, int]:
+        """Rows that are judged, and all, each with every seed."""
+        jobs = [Job(row, seed) for row in self.rows for seed in range(self.args.seeds)]
+        return sum(self.known(job) for job in jobs), len(jobs)
+
+    def save(self) -> None:
+        places = {row: place for place, row in enumerate(self.rows)}
+        found = sorted(self.found.items(), key=lambda item: (places[item[0].way], item[0].seed))
+        content = {**self.origin, "table": self.args.table, "quick": self.args.quick,
+                   "E": self.plan.dim, "frames": self.plan.frames, "jobs": self.args.jobs,
+                   "steps": steps_of(self.rows), "rows": [entry for _, entry in found]}
+        self.args.json.parent.mkdir(parents=True, exist_ok=True)
+        part = self.args.json.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(self.args.json)       # a kill in the middle loses nothing
+
+
+def steps_of(rows: list[Row]) -> dict[str, list[int]]:
+    """{stage: the different numbers of its steps}, of all that the rows need."""
+    waiting = [way for row in rows for way in row.needs()]
+    found = {}
+    while waiting:
+        way = waiting.pop()
+        waiting += way.needs()
+        found.setdefault(way.stage, set()).add(way.steps)
+    return {stage: sorted(steps) for stage, steps in found.items()}
+
+
+# ---- judging a model -------------------------------------------------------------------------
+
+@torch.no_grad()
+def place_after_truth(model: VideoDiT, clips: Tensor, captions: Tensor, seed: int,
+                      **how) -> float:
+    """The share of frames of a last chunk, made after its true past, with the subject within a
+    pixel (of 16) of its true place. The caption does not tell where that is."""
+    chunk = model.config.chunk
+    stream = Stream(model, captions)
+    *past, last = clips.split(chunk, dim=1)
+    for part in past:
+        stream.commit(part)
+    made = next(rollout(stream, chunk, draws_on(clips.device, seed), **how))
+    distance = (centroid(made) - centroid(last)).norm(dim=-1)
+    near = (distance <= clips.shape[-1] / 16) & alive(made)
+    return near.float().mean().item()
+
+
+@torch.no_grad()
+def held_out_loss(model: VideoDiT, clips: Tensor, captions: Tensor, seed: int) -> float:
+    draws = draws_on(clips.device, seed)
+    loss, _, _ = teacher_forcing_loss(model, clips, captions, draws, drop=0.0)
+    return loss.item()
+
+
+def plain(values: list[float]) -> float | None:
+    """The mean of those that are numbers, for JSON; None if nothing was there to be judged."""
+    numbers = [value for value in values if math.isfinite(value)]
+    return round(mean(numbers), 4) if numbers else None
+
+
+def judge_model(path: Path, horizon: int, args: argparse.Namespace,
+                device: torch.device) -> dict:
+    """What is found of one model."""
+    model, about = load_model(path)
+    model.to(device)
+    stage = about["stage"]
+    how = SAMPLERS[stage]
+    c = model.config
+    world = make_world("shapes", c.frames, c.height, UNSEEN + args.seed)
+    clips, captions = world.batch(range(args.videos))
+    on_device = [part.to(device) for part in (clips, captions)]
+    found = {"place": round(place_after_truth(model, *on_device, args.seed, **how), 4)}
+    if stage == "tf":
+        found["loss"] = round(held_out_loss(model, *on_device, args.seed), 5)
+    if horizon:
+        model.config = replace(c, horizon=horizon)
+    points, seconds, _ = curves(model, captions, clips, args.frames, args.seed, **how)
+    for name, part in (("early", slice(ENDS)), ("late", slice(-ENDS, None))):
+        found[name] = {metric: plain(values[part]) for metric, values in points.items()}
+    cache = model.make_cache(1)
+    found["seconds_per_chunk"] = round(seconds, 5)
+    found |= {"cache_bytes": cache.nbytes, "bytes_per_token": cache.bytes_per_token}
+    return found
+
+
+def judge(args: argparse.Namespace) -> None:
+    """The models that --model names, one after the other; all or nothing is written."""
+    check_bounds(args, videos=(2, 2**16), frames=(12, 10**6), seed=(0, 10**6))
+    device = pick_device(args.device)
+    begun = time.perf_counter()
+    models = {}
+    with fast_products():
+        for label, path, horizon in args.model:
+            models[label] = judge_model(Path(path), int(horizon), args, device)
+            late = models[label]["late"]
+            print(f"{label}: place {models[label]['place']}, late {late}", flush=True)
+            torch.compiler.reset()
+    seconds = round(time.perf_counter() - begun, 1)
+    part = args.out.with_suffix(".part")
+    part.write_text(json.dumps({"models": models, "judging_seconds": seconds}))
+    part.replace(args.out)
+
+
+# ---- the command line ------------------------------------------------------------------------
+
+def measure(args: argparse.Namespace) -> None:
+    check_bounds(args, jobs=(1, 256), threads=(1, 256), minutes=(0.01, 10**6), seeds=(1, 1000))
+    plan = QUICK if args.quick else FULL
+    folder = Path("out/paper_quick") if args.quick else Path("out/paper")
+    args.runs = args.runs or folder
+    beside = args.runs if args.quick else Path("results")
+    args.json = args.json or beside / f"paper_{args.table}.json"
+    work = Table(args, TABLES[args.table](plan), plan)
+    work.work()
+    done, of = work.judged()
+    print(f"{done} of {of} rows judged", flush=True)
+    if work.failed:
+        raise UserError("; ".join(work.failed))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parts = parser.add_subparsers(required=True, dest="table")
+    for name in TABLES:
+        add_table(parts.add_parser(name, help=f"the table {name}"))
+    part = parts.add_parser("judge", help="one row: what a table does for each")
+    part.set_defaults(action=judge)
+    add = part.add_argument
+    add("--model", action="append", nargs=3, required=True,
+        metavar=("LABEL", "PATH", "HORIZON"))
+    add("--seed", type=int, default=0)
+    add("--videos", type=int, default=256)
+    add("--frames", type=int, default=960)
+    add("--device", default=default_device())
+    add("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    run(args.action, args)
+
+
+def add_table(part: argparse.ArgumentParser) -> None:
+    part.set_defaults(action=measure)
+    add = part.add_argument
+    add("--quick", action="store_true", help="tiny models, few steps, short videos")
+    add("--seeds", type=int, default=3)
+    add("--device", default=default_device())
+    add("--jobs", type=int, default=1, help="processes at once")
+    add("--threads", type=int, default=1, help="of each")
+    add("--minutes", type=float, default=10**6, help="then all stop, and can go on later")
+    add("--runs", type=Path, help="folder of the runs (default: out/paper, out/paper_quick)")
+    add("--flags", default="", help='more flags for train.py, e.g. "--compile"')
+    add("--json", type=Path, help="default: results/paper_TABLE.json; with --quick in --runs")
+
+
+if __name__ == "__main__":
+    main()

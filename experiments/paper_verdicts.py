@@ -1,0 +1,485 @@
+"""What the paper says of its choices, each put to a rule that can come out three ways.
+
+`found` is {table: content of results/paper_TABLE.json}, and under "speed" that of
+results/wan_speed.json; what is not measured yet is missing, and its claims are left out. The
+decision rule is that of verdicts.py: Student's 95 % interval over seeds lies inside the rule's
+bounds, wholly outside, or neither. Rules were written before any of these tables was run on a
+GPU; the times of "speed" were known, which its claim says.
+
+    score   `match` of the last 120 frames of 960: the share of frames that show what their
+            caption says, its speed word included. A difference of 0.10 counts
+    loss    of teacher forcing on unseen clips. A twentieth counts
+    place   the share of frames of a last chunk, after a true past, where they should be
+
+A claim whose need is not met cannot be told: it could not have come out otherwise. Claims that
+begin with "ours" are questions that the paper leaves open. tests/test_paper.py makes up tables
+in which each claim is true, is false, and cannot be told.
+"""
+
+from collections.abc import Callable
+from statistics import mean
+
+from experiments.paper import FULL, TABLES
+from experiments.verdicts import Claim
+
+MARGIN = 0.10                          # of a share
+TWENTIETH = 0.05                       # of a loss
+TENTH = 0.10                           # of jerkiness
+Values = list[float]                   # one a seed
+
+
+# ---- reading a table -------------------------------------------------------------------------
+
+def seeds_of(table: dict) -> list[int]:
+    """Those that every row has."""
+    by_row = {}
+    for entry in table["rows"]:
+        by_row.setdefault(entry["row"], set()).add(entry["seed"])
+    return sorted(set.intersection(*by_row.values()))
+
+
+def values(table: dict, row: str, model: str, *path: str) -> Values:
+    """What was found at `path` of this model, a value a seed. Nothing to be judged is 0."""
+    entries = {(entry["row"], entry["seed"]): entry for entry in table["rows"]}
+    found = []
+    for seed in seeds_of(table):
+        value = entries[row, seed]["models"][model]
+        for key in path:
+            value = value[key]
+        found.append(0.0 if value is None else value)
+    return found
+
+
+def score(table: dict, row: str, model: str) -> Values:
+    return values(table, row, model, "late", "match")
+
+
+def less(a: Values, b: Values) -> Values:
+    return [x - y for x, y in zip(a, b)]
+
+
+def over(a: Values, b: Values) -> Values:
+    """Ratios; of nothing to nothing, 1."""
+    return [x / y if y else 1.0 for x, y in zip(a, b)]
+
+
+def means(**named: Values) -> str:
+    return ", ".join(f"{name} {mean(found):.3f}" for name, found in named.items())
+
+
+def names(table: dict) -> list[str]:
+    return list(dict.fromkeys(entry["row"] for entry in table["rows"]))
+
+
+# ---- the content latent: table 5a ------------------------------------------------------------
+
+WIDTHS = ("E/32", "E/16", "E/8", "E/4", "E/2")
+
+
+def can_be_lost(table: dict, read: Callable[[str], Values]) -> bool:
+    """Is some width behind dense attention by more than the margin, in the mean?"""
+    dense = mean(read("dense"))
+    return min(mean(read(width)) for width in WIDTHS) < dense - MARGIN
+
+
+def an_eighth_is_enough(found: dict) -> Claim:
+    table = found["latent"]
+    gaps = {
+        "score": less(score(table, "E/8", "dmd"), score(table, "dense", "dmd")),
+        "place": less(values(table, "E/8", "tf", "place"),
+                      values(table, "dense", "tf", "place")),
+    }
+    lost = can_be_lost(table, lambda row: score(table, row, "dmd"))
+    lost_place = can_be_lost(table, lambda row: values(table, row, "tf", "place"))
+    by_width = {width: score(table, width, "dmd") for width in WIDTHS}
+    return Claim(
+        "C = E / 8 (192) is enough: videos are as good as those of dense attention",
+        "MLA less dense >= -0.10, of the score and of the place",
+        gaps,
+        low=-MARGIN,
+        needs={"some C is behind dense by more than 0.10": lost or lost_place},
+        control="score " + means(**by_width, dense=score(table, "dense", "dmd")),
+    )
+
+
+def more_adds_little(found: dict) -> Claim:
+    table = found["latent"]
+    eighth = score(table, "E/8", "dmd")
+    gains = {width: less(score(table, width, "dmd"), eighth) for width in ("E/4", "E/2")}
+    return Claim(
+        "a larger C adds little (256, 512)",
+        "score less that of E / 8 <= 0.10",
+        gains,
+        high=MARGIN,
+        needs={"at E / 8 there is room for 0.10 more": mean(eighth) <= 1 - MARGIN},
+        control=means(**{"E/8": eighth}),
+    )
+
+
+def more_adds_little_to_the_loss(found: dict) -> Claim:
+    table = found["latent"]
+    eighth = values(table, "E/8", "tf", "loss")
+    ratios = {width: over(values(table, width, "tf", "loss"), eighth)
+              for width in ("E/4", "E/2")}
+    return Claim("... nor does it lower the loss of teacher forcing",
+                 "loss over that of E / 8 >= 0.95", ratios, low=1 - TWENTIETH)
+
+
+def too_narrow_loses(found: dict) -> Claim:
+    table = found["latent"]
+    change = less(score(table, "E/32", "dmd"), score(table, "E/8", "dmd"))
+    return Claim("the smallest C loses (64 of 1536; here E / 32)",
+                 "score less that of E / 8 <= -0.10", {"E/32": change}, high=-MARGIN)
+
+
+def too_narrow_costs_loss(found: dict) -> Claim:
+    table = found["latent"]
+    eighth = values(table, "E/8", "tf", "loss")
+    ratio = over(values(table, "E/32", "tf", "loss"), eighth)
+    return Claim("... and its loss of teacher forcing is higher",
+                 "loss over that of E / 8 >= 1.05", {"E/32": ratio}, low=1 + TWENTIETH)
+
+
+def as_good_as_dense_by_loss(found: dict) -> Claim:
+    table = found["latent"]
+    dense = values(table, "dense", "tf", "loss")
+    ratio = over(values(table, "E/8", "tf", "loss"), dense)
+    half = over(values(table, "E/2", "tf", "loss"), dense)
+    return Claim("ours: by the same recipe C = E / 8 learns as well as dense attention",
+                 "loss over that of dense <= 1.05", {"E/8": ratio}, high=1 + TWENTIETH,
+                 control=f"E/2 {mean(half):.3f}")
+
+
+def as_smooth_as_dense(found: dict) -> Claim:
+    table = found["latent"]
+    path = ("dmd", "late", "residual")
+    mla = values(table, "E/8", *path)
+    dense = values(table, "dense", *path)
+    return Claim("ours: its motion is as smooth",
+                 "jerkiness over that of dense <= 1.10", {"E/8": over(mla, dense)},
+                 high=1 + TENTH,
+                 needs={"every seed has subjects to be judged": min(mla + dense) > 0},
+                 control=means(mla=mla, dense=dense))
+
+
+# ---- the split of a head: table 5b -----------------------------------------------------------
+
+QUARTER = "48/16"                      # content and position; the paper's 96/32
+PAPERS_ORDER = (QUARTER, "32/32", "16/48", "56/8")         # of 64; from its best to its worst
+
+
+def shows_something(table: dict, least: float = 0.2) -> dict[str, bool]:
+    best = max(mean(score(table, row, "tf")) for row in names(table))
+    return {f"the best split has a score of {least} or more": best >= least}
+
+
+def by_split(table: dict, *path: str) -> dict[str, Values]:
+    return {row: values(table, row, "tf", *path) for row in PAPERS_ORDER}
+
+
+def a_quarter_is_best(found: dict) -> Claim:
+    table = found["split"]
+    scores = by_split(table, "late", "match")
+    leads = {row: less(scores[QUARTER], scores[row]) for row in PAPERS_ORDER[1:]}
+    return Claim("a quarter of the head for position is the best split (96/32)",
+                 "its score less that of each other > 0", leads, low=0.0,
+                 needs=shows_something(table), control=means(**scores))
+
+
+def a_quarter_is_best_by_loss(found: dict) -> Claim:
+    losses = by_split(found["split"], "loss")
+    ratios = {row: over(losses[QUARTER], losses[row]) for row in PAPERS_ORDER[1:]}
+    return Claim("... and by the loss of teacher forcing",
+                 "its loss over that of each other < 1", ratios, high=1.0,
+                 control=means(**losses))
+
+
+def the_order_of_splits(found: dict) -> Claim:
+    table = found["split"]
+    scores = by_split(table, "late", "match")
+    steps = {}
+    for better, worse in zip(PAPERS_ORDER, PAPERS_ORDER[1:]):
+        steps[f"{better} to {worse}"] = less(scores[better], scores[worse])
+    return Claim("the order of splits is R = 1/4, 1/2, 3/4, 1/8 of the head",
+                 "each score less the next > 0", steps, low=0.0,
+                 needs=shows_something(table))
+
+
+def the_order_of_splits_by_loss(found: dict) -> Claim:
+    losses = by_split(found["split"], "loss")
+    steps = {}
+    for better, worse in zip(PAPERS_ORDER, PAPERS_ORDER[1:]):
+        steps[f"{better} to {worse}"] = over(losses[better], losses[worse])
+    return Claim("... and by the loss of teacher forcing", "each loss over the next < 1", steps,
+                 high=1.0)
+
+
+def ranges(losses: dict[str, Values]) -> Values:
+    """Of each seed: its largest loss over its least."""
+    return [max(seed) / min(seed) for seed in zip(*losses.values())]
+
+
+def the_split_matters_more(found: dict) -> Claim:
+    """The scores of the two tables are of models of different sizes and stages; of losses the
+    ratio can be compared. (The paper's widths are 1/12 to 1/3 of E there.)"""
+    table = found["latent"]
+    splits = ranges(by_split(found["split"], "loss"))
+    widths = ranges({row: values(table, row, "tf", "loss")
+                     for row in ("E/16", "E/8", "E/4")})
+    return Claim("the split matters more than C (7.4 points of VBench against 0.65 from 128 up)",
+                 "worst loss over best, of splits over that of C = E/16 to E/4 > 1",
+                 {"splits / widths": over(splits, widths)}, low=1.0,
+                 control=means(splits=splits, widths=widths))
+
+
+# ---- how MLA begins --------------------------------------------------------------------------
+
+WEIGHTS = "by weights, mean key"
+INPUTS = "by inputs, better key"
+RANDOM = "random"
+
+
+def best_rate(table: dict, start: str, length: str) -> Values:
+    """The loss of a start, by the rate that is better for it in the mean."""
+    rows = [row for row in names(table) if row.startswith(start) and row.endswith(length)]
+    return min((values(table, row, "tf", "loss") for row in rows), key=mean)
+
+
+def compared(found: dict, start: str, other: str, length: str) -> Values:
+    table = found["start"]
+    return over(best_rate(table, start, length), best_rate(table, other, length))
+
+
+def losses_of_starts(found: dict, length: str) -> str:
+    table = found["start"]
+    return means(**{start: best_rate(table, start, length)
+                    for start in (WEIGHTS, INPUTS, RANDOM)})
+
+
+def a_cut_is_no_better(found: dict) -> Claim:
+    return Claim("a start from an SVD of dense weights is no better than a random one, in the end",
+                 "loss over that of the random start >= 0.95, the better rate of each",
+                 {"cut by weights": compared(found, WEIGHTS, RANDOM, "long")}, low=0.95,
+                 control=losses_of_starts(found, "long"))
+
+
+def a_better_cut_is_no_better(found: dict) -> Claim:
+    return Claim("... nor is the better cut, by inputs and with the better key",
+                 "loss over that of the random start >= 0.95, the better rate of each",
+                 {"cut by inputs": compared(found, INPUTS, RANDOM, "long")}, low=0.95)
+
+
+def a_cut_helps_at_first(found: dict) -> Claim:
+    return Claim("ours: after few steps the better cut is ahead of the random start",
+                 "loss over that of the random start <= 0.95, the better rate of each",
+                 {"cut by inputs": compared(found, INPUTS, RANDOM, "short")}, high=0.95,
+                 control=losses_of_starts(found, "short"))
+
+
+def the_better_cut_stays_ahead(found: dict) -> Claim:
+    return Claim("ours: the better cut is ahead of the cut by weights, in the end",
+                 "loss over that of the cut by weights < 1, the better rate of each",
+                 {"cut by inputs": compared(found, INPUTS, WEIGHTS, "long")}, high=1.0)
+
+
+# ---- sink, window, times ---------------------------------------------------------------------
+
+SEVEN_BEFORE = "1 + 6, then the chunk"
+SEVEN_IN_ALL = "1 + 6 with the chunk"
+
+
+def early_is_good(table: dict, row: str) -> dict[str, bool]:
+    early = mean(values(table, row, "dmd", "early", "match"))
+    return {"early frames have a score of 0.5 or more": early >= 0.5}
+
+
+def holds(found: dict, name: str, words: str) -> Claim:
+    table = found["window"]
+    row = f"{name}, window"
+    late = score(table, row, "dmd")
+    early = values(table, row, "dmd", "early", "match")
+    return Claim(words, "score of the last 120 frames less that of the first >= -0.10",
+                 {row: less(late, early)}, low=-MARGIN, needs=early_is_good(table, row),
+                 control=means(early=early, late=late))
+
+
+def one_and_six_hold(found: dict) -> Claim:
+    return holds(found, SEVEN_BEFORE, "1 sink frame and 6 more before the chunk hold a minute, "
+                                      "times counted from the window")
+
+
+def one_and_six_with_the_chunk_hold(found: dict) -> Claim:
+    return holds(found, SEVEN_IN_ALL, "... and if the chunk is among the 6")
+
+
+def one_and_six_are_as_good(found: dict) -> Claim:
+    table = found["window"]
+    whole = score(table, "whole clip", "dmd")
+    gap = less(score(table, f"{SEVEN_BEFORE}, window", "dmd"), whole)
+    return Claim("ours: 1 + 6 are as good as a window of the whole clip",
+                 "score less that of the whole clip >= -0.10", {"1 + 6": gap}, low=-MARGIN,
+                 control=means(whole=whole))
+
+
+def new_times_make_it_work(found: dict) -> Claim:
+    table = found["window"]
+    window = score(table, f"{SEVEN_BEFORE}, window", "dmd")
+    never = score(table, f"{SEVEN_BEFORE}, never", "dmd")
+    return Claim("without counting times anew long videos do not work",
+                 "score without less that with it <= -0.10", {"1 + 6": less(never, window)},
+                 high=-MARGIN, needs=early_is_good(table, f"{SEVEN_BEFORE}, window"),
+                 control=means(never=never, window=window))
+
+
+def either_horizon(found: dict) -> Claim:
+    table = found["window"]
+    gaps = {}
+    for name in (SEVEN_BEFORE, SEVEN_IN_ALL):
+        clip = score(table, f"{name}, clip", "dmd")
+        gaps[name] = less(clip, score(table, f"{name}, window", "dmd"))
+    return Claim("ours: times counted anew from the clip's length on are as good as from the "
+                 "window's", "difference of scores within 0.10", gaps, low=-MARGIN, high=MARGIN)
+
+
+def old_videos_help(found: dict) -> Claim:
+    table = found["window"]
+    old = score(table, "whole clip, old videos in dmd", "dmd")
+    young = score(table, "whole clip", "dmd")
+    return Claim("ours: dmd on videos as old as those in use is better than on clips alone",
+                 "score less that of new videos at every step >= 0.10", {"gain": less(old, young)},
+                 low=MARGIN,
+                 needs={"there is room for 0.10 more": mean(young) <= 1 - MARGIN},
+                 control=means(old=old, young=young))
+
+
+# ---- the recipe of stage dmd -----------------------------------------------------------------
+
+def dmd_matters(found: dict) -> dict[str, bool]:
+    """Does the stage itself change more than what its recipe may lose?"""
+    if "latent" not in found:
+        return {"the score before dmd is known": False}
+    table = found["latent"]
+    before = mean(score(table, "E/8", "cd"))
+    ours = mean(score(found["recipe"], "ours", "dmd"))
+    return {"dmd adds more than 0.10 to the score": ours - before > MARGIN}
+
+
+def as_good(found: dict, row: str, words: str) -> Claim:
+    table = found["recipe"]
+    ours = score(table, "ours", "dmd")
+    theirs = score(table, row, "dmd")
+    jerks = {name: values(table, name, "dmd", "late", "residual") for name in ("ours", row)}
+    return Claim(words, "score less that of ours >= -0.10", {row: less(theirs, ours)},
+                 low=-MARGIN, needs=dmd_matters(found),
+                 control=f"{means(ours=ours, theirs=theirs)}; jerkiness {means(**jerks)}")
+
+
+def its_critic(found: dict) -> Claim:
+    return as_good(found, "critic 0.2", "a critic that learns at 0.2 of the generator's rate is "
+                                        "as good as ours, at 10 times")
+
+
+def its_guidance(found: dict) -> Claim:
+    return as_good(found, "guidance 3", "a real score with guidance 3 is as good as without")
+
+
+def its_optimiser(found: dict) -> Claim:
+    return as_good(found, "AdamW", "AdamW (0, 0.999) is as good as Muon, at one rate")
+
+
+def its_recipe(found: dict) -> Claim:
+    return as_good(found, "all of the paper's", "... all three at once")
+
+
+def its_shift(found: dict) -> Claim:
+    table = found["recipe"]
+    ours = score(table, "ours", "dmd")
+    other = score(table, "shift 3", "dmd")
+    return Claim("shift 5, the paper's and ours, is as good as that of stage tf, 3",
+                 "score less that of shift 3 >= -0.10", {"shift 5": less(ours, other)},
+                 low=-MARGIN, needs=dmd_matters(found), control=means(five=ours, three=other))
+
+
+# ---- speed -----------------------------------------------------------------------------------
+
+FORMS = {"materialised": "keys and values rebuilt (D.4)", "merged": "never formed (App. E)"}
+
+
+def speed_by_width(speed: dict, form: str) -> Values:
+    """Frames/s at the widest C over those at the narrowest, a value a window."""
+    found = []
+    for row in speed["sections"]["latent"]["rows"].values():
+        by_C = row["by C"]
+        widths = sorted(by_C, key=int)
+        if row["form"] == form and "ms" in by_C[widths[0]] and "ms" in by_C[widths[-1]]:
+            found.append(by_C[widths[0]]["ms"] / by_C[widths[-1]]["ms"])
+    return found
+
+
+def speed_is_flat(found: dict, form: str) -> Claim:
+    return Claim(f"frames/s do not depend on C from 64 to 512: {FORMS[form]}",
+                 "at C = 512 over C = 64 within 5 %, over windows of 21, 10 and 7 frames",
+                 {form: speed_by_width(found["speed"], form)}, low=0.95, high=1.05,
+                 control="windows instead of seeds; the times were known before this rule")
+
+
+def rebuilding_is_flat(found: dict) -> Claim:
+    return speed_is_flat(found, "materialised")
+
+
+def merging_is_flat(found: dict) -> Claim:
+    return speed_is_flat(found, "merged")
+
+
+# ---- all of them -----------------------------------------------------------------------------
+
+CLAIMS = {                             # {claim: the tables that it needs}
+    an_eighth_is_enough: "latent",
+    more_adds_little: "latent",
+    more_adds_little_to_the_loss: "latent",
+    too_narrow_loses: "latent",
+    too_narrow_costs_loss: "latent",
+    as_good_as_dense_by_loss: "latent",
+    as_smooth_as_dense: "latent",
+    a_quarter_is_best: "split",
+    a_quarter_is_best_by_loss: "split",
+    the_order_of_splits: "split",
+    the_order_of_splits_by_loss: "split",
+    the_split_matters_more: "split latent",
+    a_cut_is_no_better: "start",
+    a_better_cut_is_no_better: "start",
+    a_cut_helps_at_first: "start",
+    the_better_cut_stays_ahead: "start",
+    one_and_six_hold: "window",
+    one_and_six_with_the_chunk_hold: "window",
+    one_and_six_are_as_good: "window",
+    new_times_make_it_work: "window",
+    either_horizon: "window",
+    old_videos_help: "window",
+    its_critic: "recipe",
+    its_guidance: "recipe",
+    its_optimiser: "recipe",
+    its_recipe: "recipe",
+    its_shift: "recipe",
+    rebuilding_is_flat: "speed",
+    merging_is_flat: "speed",
+}
+
+
+def ready(found: dict, table: str) -> bool:
+    """Every row is known of two seeds, at least; of "speed", two windows."""
+    if table not in found:
+        return False
+    if table == "speed":
+        return all(len(speed_by_width(found[table], form)) > 1 for form in FORMS)
+    rows = {row.name for row in TABLES[table](FULL)}
+    return rows <= set(names(found[table])) and len(seeds_of(found[table])) > 1
+
+
+def judge(found: dict) -> list[dict]:
+    """The verdict on every claim whose tables there are, in the order of CLAIMS."""
+    verdicts = []
+    for claim, needed in CLAIMS.items():
+        if all(ready(found, table) for table in needed.split()):
+            verdicts.append(claim(found).verdict())
+    return verdicts
