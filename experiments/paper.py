@@ -26,7 +26,8 @@ A run is a process of train.py, a judging one of this program. Both are dealt ou
 there are, in folders of --runs that tables share, and are resumed if --minutes, Ctrl-C or
 SIGTERM broke them off; the JSON is written whenever a row is judged. Each model makes videos of
 960 frames for captions of clips that it has not seen, judged by experiments/quality.py: `early`
-are means over the first 120 frames, `late` over the last. `place` is the share of frames of a
+are means over the first 120 frames, `late` over the last. (Models of stage tf take ten times as
+long for a chunk; those that a table also has after dmd, and those of `start`, make 120 frames.) `place` is the share of frames of a
 last chunk, made after a true past, with the subject within a pixel of its true place. `loss`
 is of teacher forcing, on unseen clips. experiments/paper_verdicts.py has the rules.
 """
@@ -94,6 +95,7 @@ class Model(NamedTuple):
     label: str
     way: Way
     horizon: int = 0
+    frames: int = 0                    # of its videos, at most; 0: the plan's number
 
 
 class Row(NamedTuple):
@@ -139,7 +141,7 @@ class Plan:
 # Half the steps of the recipe of stages cd and dmd, and a third of those before: a table shall
 # take less than a quarter of an hour of one GPU.
 FULL = Plan(128, (), score=6000, tf=6000, cd=1000, dmd=800, split=3000,
-            split_words=("--preset=small", "--batch=16"), short=300, long=2000, videos=256,
+            split_words=("--preset=small", "--batch=16"), short=300, long=2000, videos=64,
             split_videos=64, frames=960)
 TINY = ("--config=layers=2", "--config=ffn=128", "--batch=4", "--save-every=1000")
 QUICK = Plan(64, (*TINY, "--config=dim=64", "--config=heads=2", "--config=query_latent=32"),
@@ -178,8 +180,12 @@ def paper_chain(plan: Plan) -> list[Way]:
     return chain(f"C{C}", plan, (("latent", C),))
 
 
+SHORT = 120                            # frames of a model that goes on to other stages
+
+
 def by_stage(ways: list[Way]) -> tuple[Model, ...]:
-    return tuple(Model(way.stage, way) for way in ways)
+    """Models of these ways; of stage tf, which has 49 passes a chunk, short videos do."""
+    return tuple(Model(way.stage, way, frames=SHORT * (way.stage == "tf")) for way in ways)
 
 
 # ---- the tables ------------------------------------------------------------------------------
@@ -203,7 +209,7 @@ def split(plan: Plan) -> list[Row]:
     for R in SPLITS:
         way = Way(f"split/R{R}", "tf", plan.split, (("rope", R),), words=plan.split_words)
         facts = (("N", HEAD - R), ("R", R))
-        rows.append(Row(f"{HEAD - R}/{R}", facts, by_stage([way])))
+        rows.append(Row(f"{HEAD - R}/{R}", facts, (Model("tf", way),)))
     return rows
 
 
@@ -380,10 +386,11 @@ class Table(Curves):
             videos = self.plan.split_videos
         words = [sys.executable, "-m", "experiments.paper", "judge", f"--seed={job.seed}",
                  f"--device={self.args.device}", f"--videos={videos}",
-                 f"--frames={self.plan.frames}", f"--out={self.folder(job) / 'judged.json'}"]
+                 f"--out={self.folder(job) / 'judged.json'}"]
         for model in job.way.models:
             path = self.weights(Job(model.way, job.seed))
-            words += ["--model", model.label, str(path), str(model.horizon)]
+            frames = min(self.plan.frames, model.frames or self.plan.frames)
+            words += ["--model", model.label, str(path), str(model.horizon), str(frames)]
         return words
 
     def end(self, job: Job) -> None:
@@ -488,7 +495,7 @@ def plain(values: list[float]) -> float | None:
     return round(mean(numbers), 4) if numbers else None
 
 
-def judge_model(path: Path, horizon: int, args: argparse.Namespace,
+def judge_model(path: Path, horizon: int, frames: int, args: argparse.Namespace,
                 device: torch.device) -> dict:
     """What is found of one model."""
     model, about = load_model(path)
@@ -497,31 +504,33 @@ def judge_model(path: Path, horizon: int, args: argparse.Namespace,
     how = SAMPLERS[stage]
     c = model.config
     world = make_world("shapes", c.frames, c.height, UNSEEN + args.seed)
-    clips, captions = world.batch(range(args.videos))
+    clips, captions = world.batch(range(4 * args.videos))  # one pass or chunk of each is cheap
     on_device = [part.to(device) for part in (clips, captions)]
     found = {"place": round(place_after_truth(model, *on_device, args.seed, **how), 4)}
     if stage == "tf":
         found["loss"] = round(held_out_loss(model, *on_device, args.seed), 5)
     if horizon:
         model.config = replace(c, horizon=horizon)
-    points, seconds, _ = curves(model, captions, clips, args.frames, args.seed, **how)
+    points, seconds, _ = curves(model, captions[:args.videos], clips[:args.videos],
+                                frames, args.seed, **how)
     for name, part in (("early", slice(ENDS)), ("late", slice(-ENDS, None))):
         found[name] = {metric: plain(values[part]) for metric, values in points.items()}
     cache = model.make_cache(1)
     found["seconds_per_chunk"] = round(seconds, 5)
-    found |= {"cache_bytes": cache.nbytes, "bytes_per_token": cache.bytes_per_token}
+    found |= {"frames": frames, "cache_bytes": cache.nbytes, "bytes_per_token": cache.bytes_per_token}
     return found
 
 
 def judge(args: argparse.Namespace) -> None:
     """The models that --model names, one after the other; all or nothing is written."""
-    check_bounds(args, videos=(2, 2**16), frames=(12, 10**6), seed=(0, 10**6))
+    check_bounds(args, videos=(2, 2**16), seed=(0, 10**6))
     device = pick_device(args.device)
     begun = time.perf_counter()
     models = {}
     with fast_products():
-        for label, path, horizon in args.model:
-            models[label] = judge_model(Path(path), int(horizon), args, device)
+        for label, path, *numbers in args.model:
+            horizon, frames = map(int, numbers)
+            models[label] = judge_model(Path(path), horizon, frames, args, device)
             late = models[label]["late"]
             print(f"{label}: place {models[label]['place']}, late {late}", flush=True)
             torch.compiler.reset()
@@ -558,11 +567,10 @@ def main(argv: list[str] | None = None) -> None:
     part = parts.add_parser("judge", help="one row: what a table does for each")
     part.set_defaults(action=judge)
     add = part.add_argument
-    add("--model", action="append", nargs=3, required=True,
-        metavar=("LABEL", "PATH", "HORIZON"))
+    add("--model", action="append", nargs=4, required=True,
+        metavar=("LABEL", "PATH", "HORIZON", "FRAMES"))
     add("--seed", type=int, default=0)
-    add("--videos", type=int, default=256)
-    add("--frames", type=int, default=960)
+    add("--videos", type=int, default=64)
     add("--device", default=default_device())
     add("--out", type=Path, required=True)
     args = parser.parse_args(argv)

@@ -251,8 +251,8 @@ def test_one_judging_is_whole(tmp_path, dense_file):
     path = tmp_path / "tf.pt"
     save_model(path, model, data="shapes", stage="tf", steps=0, seed=0)
     out = tmp_path / "judged.json"
-    paper.main(["judge", "--model", "a", str(path), "0", "--model", "b", str(path), "7",
-                "--videos=2", "--frames=24", "--device=cpu", f"--out={out}"])
+    paper.main(["judge", "--model", "a", str(path), "0", "24",
+                "--model", "b", str(path), "7", "24", "--videos=2", "--device=cpu", f"--out={out}"])
     models = json.loads(out.read_text())["models"]
     assert set(models) == {"a", "b"} and models["a"]["loss"] == models["b"]["loss"]
     assert models["a"]["bytes_per_token"] == 4 * (4 + 6)
