@@ -66,7 +66,7 @@ X = "python -m experiments."
 
 def of_the_paper(table: str) -> Job:
     """Several runs at once on one GPU."""
-    command = X + f'paper {table} --jobs 6 --flags "--workers 2"'
+    command = X + f"paper {table} --jobs 6 --flags=--workers=2"
     needs = "paper_latent" if table in ("recipe", "window", "start") else ""
     return Job(f"paper_{table}", command, f"results/paper_{table}.json", needs, "gpu",
                PAPER[table])

@@ -587,7 +587,7 @@ def add_table(part: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=1, help="of each")
     add("--minutes", type=float, default=10**6, help="then all stop, and can go on later")
     add("--runs", type=Path, help="folder of the runs (default: out/paper, out/paper_quick)")
-    add("--flags", default="", help='more flags for train.py, e.g. "--compile"')
+    add("--flags", default="", help="more flags for train.py: --flags=--workers=2")
     add("--json", type=Path, help="default: results/paper_TABLE.json; with --quick in --runs")
 
 
