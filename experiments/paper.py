@@ -26,10 +26,11 @@ A run is a process of train.py, a judging one of this program. Both are dealt ou
 there are, in folders of --runs that tables share, and are resumed if --minutes, Ctrl-C or
 SIGTERM broke them off; the JSON is written whenever a row is judged. Each model makes videos of
 960 frames for captions of clips that it has not seen, judged by experiments/quality.py: `early`
-are means over the first 120 frames, `late` over the last. (Models of stage tf take ten times as
-long for a chunk; those that a table also has after dmd, and those of `start`, make 120 frames.) `place` is the share of frames of a
-last chunk, made after a true past, with the subject within a pixel of its true place. `loss`
-is of teacher forcing, on unseen clips. experiments/paper_verdicts.py has the rules.
+are means over the first 120 frames, `late` over the last. (Models of stage tf, which have 12
+passes a chunk instead of 4, make 120 in all, but for those of `split`.) `place` is the share of
+frames of a last chunk, made after a true past, with the subject within a pixel of its true
+place. `loss` is of teacher forcing, on unseen clips. experiments/paper_verdicts.py has the
+rules.
 """
 
 import argparse
@@ -184,7 +185,7 @@ SHORT = 120                            # frames of a model that goes on to other
 
 
 def by_stage(ways: list[Way]) -> tuple[Model, ...]:
-    """Models of these ways; of stage tf, which has 49 passes a chunk, short videos do."""
+    """Models of these ways; of stage tf short videos do, since its chunks take longest."""
     return tuple(Model(way.stage, way, frames=SHORT * (way.stage == "tf")) for way in ways)
 
 
@@ -517,7 +518,8 @@ def judge_model(path: Path, horizon: int, frames: int, args: argparse.Namespace,
         found[name] = {metric: plain(values[part]) for metric, values in points.items()}
     cache = model.make_cache(1)
     found["seconds_per_chunk"] = round(seconds, 5)
-    found |= {"frames": frames, "cache_bytes": cache.nbytes, "bytes_per_token": cache.bytes_per_token}
+    found |= {"frames": frames, "cache_bytes": cache.nbytes,
+              "bytes_per_token": cache.bytes_per_token}
     return found
 
 
@@ -587,7 +589,7 @@ def add_table(part: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=1, help="of each")
     add("--minutes", type=float, default=10**6, help="then all stop, and can go on later")
     add("--runs", type=Path, help="folder of the runs (default: out/paper, out/paper_quick)")
-    add("--flags", default="", help="more flags for train.py: --flags=--workers=2")
+    add("--flags", default="", help='more flags for train.py, e.g. "--compile"')
     add("--json", type=Path, help="default: results/paper_TABLE.json; with --quick in --runs")
 
 

@@ -33,11 +33,11 @@ MINUTE_OF_TF = (
 COLUMNS = {
     "latent": (
         Column("bytes a token and layer", "dmd", ("bytes_per_token",), "{:.0f}"), LOSS, PLACE,
-        Column("frames that show their caption, last 120, `tf`", "tf", ("late", "match"), SHARE),
-        Column("the same, `cd`", "cd", ("late", "match"), SHARE),
-        LATE[0]._replace(head="the same, `dmd`"), *LATE[1:]),
+        Column("frames that show their caption, `tf`, of 120", "tf", ("late", "match"), SHARE),
+        Column("last 120, `cd`", "cd", ("late", "match"), SHARE),
+        LATE[0]._replace(head="last 120, `dmd`"), *LATE[1:]),
     "split": (LOSS, PLACE, *MINUTE_OF_TF),
-    "start": (LOSS, PLACE, *MINUTE_OF_TF[:2]),
+    "start": (LOSS, PLACE, MINUTE_OF_TF[0]),
     "window": (
         Column("frames that show their caption, last 120, `cd`", "cd", ("late", "match"), SHARE),
         Column("first 120, `dmd`", "dmd", ("early", "match"), SHARE),
