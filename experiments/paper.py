@@ -2,7 +2,7 @@
 
     python -m experiments.paper latent --jobs 6 --minutes 9        trains, judges, and writes
                                                results/paper_latent.json; again: goes on
-    python -m experiments.paper split --quick --seeds 1            a tiny model, minutes on a CPU
+    python -m experiments.paper split --quick --seeds 1        a tiny model, minutes on a CPU
 
     latent   C from E/32 to E/2, and dense attention (the paper's table 5a)
     split    N content and R position channels of heads of 64, on the preset small (table 5b)
@@ -81,7 +81,7 @@ class Way(NamedTuple):
     start: "Way | None" = None         # whose weights it takes
     dense: "Way | None" = None         # whose weights become MLA
     score: "Way | None" = None         # the real score
-    made: str = ""                     # how they become it: "" as train.py does, "mean", "random"
+    made: str = ""                     # how: "" as train.py does, "mean", "random"
     words: tuple[str, ...] = ()        # more flags
 
     def __str__(self) -> str:

@@ -39,7 +39,8 @@ COLUMNS = {
     "split": (LOSS, PLACE, *MINUTE_OF_TF),
     "start": (LOSS, PLACE, MINUTE_OF_TF[0]),
     "window": (
-        Column("frames that show their caption, last 120, `cd`", "cd", ("late", "match"), SHARE),
+        Column("frames that show their caption, last 120, `cd`", "cd", ("late", "match"),
+               SHARE),
         Column("first 120, `dmd`", "dmd", ("early", "match"), SHARE),
         LATE[0]._replace(head="last 120, `dmd`"), *LATE[1:]),
     "recipe": (*LATE, Column("speed / true", "dmd", ("late", "speed")),
@@ -47,8 +48,8 @@ COLUMNS = {
 }
 # Its tables 5a and 5b: VBench's Total of one run each, at its C of E = 1536 and its N/R of 128.
 PAPER = {
-    "latent": "The paper's Total of VBench, one run each: 78.30 at C = 64 (E/24), 83.24 at 128, "
-              "83.66 at 256, 83.40 at 512 (E/3).",
+    "latent": "The paper's Total of VBench, one run each: 78.30 at C = 64 (E/24), 83.24 at "
+              "128, 83.66 at 256, 83.40 at 512 (E/3).",
     "split": "The paper's Total of VBench, one run each, R of 128: 76.47 at 16, 83.89 at 32, "
              "80.83 at 64, 78.31 at 96.",
 }

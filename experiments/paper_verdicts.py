@@ -226,7 +226,7 @@ def the_split_matters_more(found: dict) -> Claim:
     splits = ranges(by_split(found["split"], "loss"))
     widths = ranges({row: values(table, row, "tf", "loss")
                      for row in ("E/16", "E/8", "E/4")})
-    return Claim("the split matters more than C (7.4 points of VBench against 0.65 from 128 up)",
+    return Claim("the split matters more than C (7.4 points of VBench; 0.65 from C = 128 up)",
                  "worst loss over best, of splits over that of C = E/16 to E/4 > 1",
                  {"splits / widths": over(splits, widths)}, low=1.0,
                  control=means(splits=splits, widths=widths))
@@ -257,7 +257,7 @@ def losses_of_starts(found: dict, length: str) -> str:
 
 
 def a_cut_is_no_better(found: dict) -> Claim:
-    return Claim("a start from an SVD of dense weights is no better than a random one, in the end",
+    return Claim("a start from an SVD of dense weights is no better than a random one, at last",
                  "loss over that of the random start >= 0.95, the better rate of each",
                  {"cut by weights": compared(found, WEIGHTS, RANDOM, "long")}, low=0.95,
                  control=losses_of_starts(found, "long"))
@@ -346,8 +346,8 @@ def old_videos_help(found: dict) -> Claim:
     old = score(table, "whole clip, old videos in dmd", "dmd")
     young = score(table, "whole clip", "dmd")
     return Claim("ours: dmd on videos as old as those in use is better than on clips alone",
-                 "score less that of new videos at every step >= 0.10", {"gain": less(old, young)},
-                 low=MARGIN,
+                 "score less that of new videos at every step >= 0.10",
+                 {"gain": less(old, young)}, low=MARGIN,
                  needs={"there is room for 0.10 more": mean(young) <= 1 - MARGIN},
                  control=means(old=old, young=young))
 
@@ -375,8 +375,8 @@ def as_good(found: dict, row: str, words: str) -> Claim:
 
 
 def its_critic(found: dict) -> Claim:
-    return as_good(found, "critic 0.2", "a critic that learns at 0.2 of the generator's rate is "
-                                        "as good as ours, at 10 times")
+    return as_good(found, "critic 0.2", "a critic at 0.2 of the generator's rate is as good as "
+                                        "ours, at 10 times")
 
 
 def its_guidance(found: dict) -> Claim:
