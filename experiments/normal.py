@@ -132,7 +132,7 @@ class Curves:
         added = {"OMP_NUM_THREADS": str(self.args.threads)}
         if self.device.type == "cuda":
             self.cards[job] = self.emptiest_card()
-            added["CUDA_VISIBLE_DEVICES"] = str(self.cards[job])
+            added["CUDA_VISIBLE_DEVICES"] = name_of_card(self.cards[job])
         with open(self.folder(job) / "log.txt", "a") as log:
             self.running[job] = subprocess.Popen(
                 self.command(job), cwd=ROOT, env={**os.environ, **added}, stdout=log,
@@ -243,6 +243,13 @@ class Curves:
         part = self.args.json.with_suffix(".part")
         part.write_text(text + "\n")
         part.replace(self.args.json)       # a kill in the middle loses nothing
+
+
+def name_of_card(index: int) -> str:
+    """That of a GPU, for CUDA_VISIBLE_DEVICES: of those that this process may use, if they are
+    named there."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible.split(",")[index].strip() if visible else str(index)
 
 
 def entry_of(job: Job, state: dict) -> dict:

@@ -485,3 +485,10 @@ def test_every_table_is_shown(monkeypatch):
         assert f"paper_{table}.json" in text
     monkeypatch.setattr(tables, "paper_found", dict)
     assert "Not measured yet: `python -m experiments.paper latent`" in tables.paper_latent()
+
+
+def test_a_run_is_given_one_of_the_cards_that_it_may_use(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert normal.name_of_card(2) == "2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert normal.name_of_card(1) == "5"
