@@ -1,7 +1,8 @@
 """Prompts: which caption each video has from which frame on. tests/test_prompts.py.
 
     "fast red disc"         a video
-    "48: blue square"       changes the caption of the video before it, from frame 48 on
+    "48: blue square"       changes the caption of the video before it, from frame 48 on; a word
+                            that it leaves out (here the speed) stays
 """
 
 import re
@@ -57,16 +58,20 @@ def read_prompts(prompts: list[str], encode: Encode = encode_caption) -> dict[in
 
 
 def complete(schedule: dict[int, Tensor], data: str, seed: int) -> dict[int, Tensor]:
-    """The same, the words that a caption leaves out drawn (`toy_data.fill_in`): video i draws by
-    (seed, i), the same ones for all its captions. ValueError for a word that a model of the
-    world `data` has never seen."""
+    """The same, with all words: those that a first caption leaves out are drawn
+    (`toy_data.fill_in`), video i's by (seed, i), and those that a later one leaves out stay. The
+    null caption stays one. ValueError for a word that a model of the world `data` has never
+    seen."""
     completed = {}
-    for frame, captions in schedule.items():
+    now = None
+    for frame, captions in sorted(schedule.items()):
         filled = []
         for video, caption in enumerate(captions):
             check_words(caption, data)
+            if now is not None and caption.any():
+                caption = torch.where(caption == 0, now[video], caption)
             filled.append(fill_in(caption, data, seed + video))
-        completed[frame] = torch.stack(filled)
+        now = completed[frame] = torch.stack(filled)
     return completed
 
 

@@ -93,6 +93,25 @@ def test_a_chunk_is_made_under_the_captions_of_its_first_frame(code, videos, fra
         assert said == wanted, f"chunk {number} was made under {said}, not {wanted}"
 
 
+@forall(videos=videos, seed=st.integers(0, 5))
+def test_a_word_that_a_later_caption_leaves_out_stays(code, videos, seed):
+    """"48: blue" of a slow red disc is a slow blue disc."""
+    schedule = code.prompts.read_prompts(as_flags(videos))
+    completed = code.prompts.complete(schedule, "shapes", seed)
+    assert list(completed) == sorted(schedule)
+    for number in range(len(videos)):
+        now = None
+        for frame in sorted(schedule):
+            said, told = schedule[frame][number], completed[frame][number]
+            assert said.any() == told.any(), "the null caption stays one, and no other is"
+            assert torch.equal(told[said != 0], said[said != 0]), "what was said holds"
+            if said.any():
+                assert told.all()
+            if said.any() and now is not None and now.any():
+                assert torch.equal(told[said == 0], now[said == 0]), "and what was not said, stays"
+            now = told
+
+
 def test_a_change_needs_a_video_before_it(code):
     with pytest.raises(ValueError, match="there is none"):
         code.prompts.read_prompts(["48: blue square", "red disc"])
