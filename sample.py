@@ -171,14 +171,14 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.layout and not args.start:
         raise UserError("--layout says what the axes of an array are that --start names")
     if args.evaluate:
-        if args.prompt or args.start or args.live:
-            raise UserError("--evaluate draws captions of its own and shows nothing: leave out "
-                            "--prompt, --start and --live")
         most = 2**20 // args.evaluate
         if not 12 <= args.frames <= most:
             raise UserError("--evaluate judges the last 12 of --frames frames and keeps all: "
                             f"at least 12 frames, and at most {most} for {args.evaluate} "
                             f"rollouts; got {args.frames}")
+        if args.prompt or args.start or args.live or "out" in args.given:
+            raise UserError("--evaluate draws captions of its own and shows nothing: leave out "
+                            "--prompt, --start, --live and --out")
 
 
 # ---- load ------------------------------------------------------------------------------------

@@ -74,6 +74,8 @@ def read_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
 def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """action(args) as a command line.
 
+    Who reads its output may stop to (`| head`): it ends without a word, as other programs do.
+
     What is `MENDABLE` is said in one line, exit code 2. What asks it to stop (`STOPS`) is no
     error: it raises a KeyboardInterrupt of the signal's number and, if there is more to say, a
     line. The exit code is then 128 + the number, as shells count. Anything else is a mistake in
@@ -86,6 +88,10 @@ def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
     with on_stop(stop):
         try:
             action(args)
+            sys.stdout.flush()                 # a reader's end shows here, and not at exit
+        except BrokenPipeError:                # `| head`: whoever read has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + 13)                 # as if by SIGPIPE, which Windows has not
         except MENDABLE as error:
             words = str(error).split() or ["out", "of", "memory"]  # a MemoryError says nothing
             tell("error: " + " ".join(words))              # in one line, whatever it quotes

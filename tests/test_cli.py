@@ -322,9 +322,20 @@ def test_sample_writes_the_frames_it_was_asked_for(capsys, tmp_path, model_file,
 def test_evaluate_prints_the_survival(capsys, model_file):
     sample.main([f"--checkpoint={model_file}", "--evaluate=2", "--frames=12", "--steps=1"])
     assert "2 rollouts of 12 frames" in capsys.readouterr().out
-    for flag in ("--prompt=red disc", "--start=clip.gif", "--live"):
+    for flag in ("--prompt=red disc", "--start=clip.gif", "--live", "--out=a.gif"):
         fails_in_one_line(capsys, sample.main, [f"--checkpoint={model_file}", "--evaluate=2", flag],
                           "leave out", flag.partition("=")[0])
+
+
+def test_a_reader_who_has_enough_is_no_error(model_file):
+    """`sample.py --about | head -1` ends without a word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "sample.py", f"--checkpoint={model_file}", "--about"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 128 + 13
 
 
 def captions_heard(monkeypatch, model_file: Path, prompts: list[str], frames: int) -> list:
