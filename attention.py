@@ -382,7 +382,7 @@ class MLA(nn.Module):
         return mla
 
 
-# ---- a dense layer becomes MLA ---------------------------------------------------------------
+# ---- a dense layer becomes MLA (skip this at first reading) ----------------------------------
 
 def fill_by_svd(mla: MLA, dense: Dense, turning: list[int]) -> None:
     """Copy into `mla` what a dense layer knows; `turning` are the channels of a head that keep

@@ -124,7 +124,7 @@ def modulate(x: Tensor, offset: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 class Block(nn.Module):
-    """Wan's block. The noise level steers it by six numbers per frame and channel:
+    """Wan's block. The noise level steers it: scale, offset and gate depend on each frame's.
 
         x ---- norm, scale, offset ---- self-attention to past and chunk ---- * gate ---- + x
         x ---- norm ------------------- cross-attention to the caption ------------------ + x

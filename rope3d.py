@@ -1,8 +1,8 @@
 """3D rotary position embedding (RoPE) from integer coordinates (time, height, width).
 
 A token of a video sits at an integer point p = (t, y, x). RoPE takes the channels of a query or
-key in pairs and turns each pair by an angle. The angle is proportional to one of the three
-coordinates; omega_i is the pair's speed, in radians a step:
+key in pairs and turns each pair by an angle that is proportional to one coordinate: t for the
+first pairs, then y, then x. omega_i is the pair's speed, in radians a step:
 
     angle_i = p[axis(i)] * omega_i                                                    (R1)
     (a, b)  ->  (a cos - b sin,  a sin + b cos)         for each pair (a, b)          (R2)
