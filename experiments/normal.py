@@ -76,8 +76,7 @@ class Curves:
         self.device = pick_device(args.device)
         self.origin = provenance(self.device)
         self.found = {}                    # {job: its entry in the file}
-        if args.json.exists():
-            self.read()
+        self.read()
         self.running = {}                  # {job: process}
         self.cards = {}                    # {job that runs: its GPU}
         self.trained = set()               # those whose weights lie in their folders
@@ -86,6 +85,8 @@ class Curves:
 
     def read(self) -> None:
         """What the file has."""
+        if not self.args.json.exists():
+            return
         for entry in json.loads(self.args.json.read_text())["runs"]:
             self.found[Job(entry["way"], entry["seed"])] = entry
 

@@ -2,6 +2,7 @@
 
     python -m experiments.paper latent --jobs 6 --minutes 9        trains, judges, and writes
                                                results/paper_latent.json; again: goes on
+    python -m experiments.paper all --jobs 24 --minutes 9      all five, on several GPUs
     python -m experiments.paper split --quick --seeds 1        a tiny model, minutes on a CPU
 
     latent   C from E/32 to E/2, and dense attention (the paper's table 5a)
@@ -101,6 +102,7 @@ class Model(NamedTuple):
 
 class Row(NamedTuple):
     """Of a table: its name, what it differs in, its models."""
+    table: str
     name: str
     facts: tuple[tuple[str, float | str], ...]
     models: tuple[Model, ...]
@@ -196,8 +198,8 @@ def latent(plan: Plan) -> list[Row]:
     for share in (32, 16, 8, 4, 2):
         C = plan.dim // share
         ways = chain(f"C{C}", plan, (("latent", C),))
-        rows.append(Row(f"E/{share}", (("C", C),), by_stage(ways)))
-    rows.append(Row("dense", (), by_stage(dense_chain(plan))))
+        rows.append(Row("latent", f"E/{share}", (("C", C),), by_stage(ways)))
+    rows.append(Row("latent", "dense", (), by_stage(dense_chain(plan))))
     return rows
 
 
@@ -210,7 +212,7 @@ def split(plan: Plan) -> list[Row]:
     for R in SPLITS:
         way = Way(f"split/R{R}", "tf", plan.split, (("rope", R),), words=plan.split_words)
         facts = (("N", HEAD - R), ("R", R))
-        rows.append(Row(f"{HEAD - R}/{R}", facts, (Model("tf", way),)))
+        rows.append(Row("split", f"{HEAD - R}/{R}", facts, (Model("tf", way),)))
     return rows
 
 
@@ -231,7 +233,8 @@ def start(plan: Plan) -> list[Row]:
                 way = Way(folder, "tf", steps, sizes, dense=dense, made=made,
                           words=(f"--rate={rate:g}",))
                 facts = (("start", name), ("rate", rate), ("steps", steps))
-                rows.append(Row(f"{name}, rate {rate:g}, {length}", facts, by_stage([way])))
+                row = f"{name}, rate {rate:g}, {length}"
+                rows.append(Row("start", row, facts, by_stage([way])))
     return rows
 
 
@@ -246,17 +249,18 @@ def window(plan: Plan) -> list[Row]:
     C = ("latent", plan.dim // 8)
     tf, cd, dmd = paper_chain(plan)
     young = dmd._replace(name="window/whole/dmd", words=AT_NEW)
-    rows = [Row("whole clip", (("window", 12), ("sink", 0), ("horizon", "clip")),
-                by_stage([cd, young]))]
+    facts = (("window", 12), ("sink", 0), ("horizon", "clip"))
+    rows = [Row("window", "whole clip", facts, by_stage([cd, young]))]
     for name, (frames, sink) in WINDOWS.items():
         sizes = (C, ("window", frames), ("sink", sink))
         ways = chain(f"window/{frames}", plan, sizes, AT_NEW)[1:]
         for when, horizon in (("clip", 0), ("window", frames), ("never", NEVER)):
             models = tuple(Model(way.stage, way, horizon) for way in ways)
             facts = (("window", frames), ("sink", sink), ("horizon", when))
-            rows.append(Row(f"{name}, {when}", facts, models))
+            rows.append(Row("window", f"{name}, {when}", facts, models))
     old = (Model("dmd", dmd),)
-    rows.append(Row("whole clip, old videos in dmd", (("window", 12), ("sink", 0)), old))
+    facts = (("window", 12), ("sink", 0))
+    rows.append(Row("window", "whole clip, old videos in dmd", facts, old))
     return rows
 
 
@@ -279,7 +283,7 @@ def recipe(plan: Plan) -> list[Row]:
             words = tuple(f"--recipe={value}" for value in values)
             folder = name.replace(" ", "_").replace("'", "")
             way = ours._replace(name=f"recipe/{folder}", words=words)
-        rows.append(Row(name, (), (Model("dmd", way),)))
+        rows.append(Row("recipe", name, (), (Model("dmd", way),)))
     return rows
 
 
@@ -288,27 +292,35 @@ TABLES = {"latent": latent, "split": split, "start": start, "window": window, "r
 
 # ---- training and judging them all -----------------------------------------------------------
 
-class Table(Curves):
-    """Trains what the rows of a table need, judges them, and keeps what is found in a file."""
+class Tables(Curves):
+    """Trains what the rows of some tables need, judges them, and keeps what is found in a file
+    for each table."""
 
-    def __init__(self, args: argparse.Namespace, rows: list[Row], plan: Plan):
-        self.rows = rows
+    def __init__(self, args: argparse.Namespace, tables: list[str], plan: Plan):
+        self.tables = {name: TABLES[name](plan) for name in tables}
+        self.rows = sum(self.tables.values(), [])
         self.plan = plan
         super().__init__(args)
 
+    def path(self, table: str) -> Path:
+        return self.args.results / f"paper_{table}.json"
+
     def read(self) -> None:
-        """What the file has of these rows."""
-        named = {row.name: row for row in self.rows}
-        for entry in json.loads(self.args.json.read_text())["rows"]:
-            if entry["row"] in named:
-                self.found[Job(named[entry["row"]], entry["seed"])] = entry
+        """What the files have of these rows."""
+        for table, rows in self.tables.items():
+            if not self.path(table).exists():
+                continue
+            named = {row.name: row for row in rows}
+            for entry in json.loads(self.path(table).read_text())["rows"]:
+                if entry["row"] in named:
+                    self.found[Job(named[entry["row"]], entry["seed"])] = entry
 
     # -- one job
 
     def folder(self, job: Job) -> Path:
         name = job.way.name
         if isinstance(job.way, Row):
-            name = f"judged/{self.args.table}/{name.replace('/', '_')}"
+            name = f"judged/{job.way.table}/{name.replace('/', '_')}"
         return self.args.runs / self.device.type / name / f"seed_{job.seed}"
 
     def look_for_weights(self, job: Job) -> None:
@@ -383,7 +395,7 @@ class Table(Curves):
 
     def judging(self, job: Job) -> list[str]:
         videos = self.plan.videos
-        if self.args.table == "split":
+        if job.way.table == "split":
             videos = self.plan.split_videos
         words = [sys.executable, "-m", "experiments.paper", "judge", f"--seed={job.seed}",
                  f"--device={self.args.device}", f"--videos={videos}",
@@ -443,15 +455,23 @@ class Table(Curves):
         return sum(self.known(job) for job in jobs), len(jobs)
 
     def save(self) -> None:
-        places = {row: place for place, row in enumerate(self.rows)}
-        found = sorted(self.found.items(), key=lambda item: (places[item[0].way], item[0].seed))
-        content = {**self.origin, "table": self.args.table, "quick": self.args.quick,
+        for table, rows in self.tables.items():
+            jobs = [Job(row, seed) for row in rows for seed in range(self.args.seeds)]
+            found = [self.found[job] for job in jobs if self.known(job)]
+            if found:
+                self.write(table, found)
+
+    def write(self, table: str, found: list[dict]) -> None:
+        rows = self.tables[table]
+        whole = len(found) == len(rows) * self.args.seeds
+        content = {**self.origin, "table": table, "quick": self.args.quick, "whole": whole,
                    "E": self.plan.dim, "frames": self.plan.frames, "jobs": self.args.jobs,
-                   "steps": steps_of(self.rows), "rows": [entry for _, entry in found]}
-        self.args.json.parent.mkdir(parents=True, exist_ok=True)
-        part = self.args.json.with_suffix(".part")
+                   "steps": steps_of(rows), "rows": found}
+        path = self.path(table)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
         part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(self.args.json)       # a kill in the middle loses nothing
+        part.replace(path)                 # a kill in the middle loses nothing
 
 
 def steps_of(rows: list[Row]) -> dict[str, list[int]]:
@@ -549,9 +569,9 @@ def measure(args: argparse.Namespace) -> None:
     plan = QUICK if args.quick else FULL
     folder = Path("out/paper_quick") if args.quick else Path("out/paper")
     args.runs = args.runs or folder
-    beside = args.runs if args.quick else Path("results")
-    args.json = args.json or beside / f"paper_{args.table}.json"
-    work = Table(args, TABLES[args.table](plan), plan)
+    args.results = args.results or (args.runs if args.quick else Path("results"))
+    tables = list(TABLES) if args.table == "all" else [args.table]
+    work = Tables(args, tables, plan)
     work.work()
     done, of = work.judged()
     print(f"{done} of {of} rows judged", flush=True)
@@ -566,6 +586,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = parser.add_subparsers(required=True, dest="table")
     for name in TABLES:
         add_table(parts.add_parser(name, help=f"the table {name}"))
+    add_table(parts.add_parser("all", help="all tables; what several need is trained once"))
     part = parts.add_parser("judge", help="one row: what a table does for each")
     part.set_defaults(action=judge)
     add = part.add_argument
@@ -590,7 +611,8 @@ def add_table(part: argparse.ArgumentParser) -> None:
     add("--minutes", type=float, default=10**6, help="then all stop, and can go on later")
     add("--runs", type=Path, help="folder of the runs (default: out/paper, out/paper_quick)")
     add("--flags", default="", help='more flags for train.py, e.g. "--compile"')
-    add("--json", type=Path, help="default: results/paper_TABLE.json; with --quick in --runs")
+    add("--results", type=Path,
+        help="folder of paper_TABLE.json (default: results; with --quick that of the runs)")
 
 
 if __name__ == "__main__":

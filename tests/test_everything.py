@@ -15,7 +15,7 @@ def test_every_job_has_a_program_and_known_needs():
     for job in JOBS:
         assert program_of(job).is_file()
         assert set(job.needs.split()) <= names
-        assert job.where in ("gpu", "2 gpus", "2 cores", "cpu")
+        assert job.where in ("gpu", "2 gpus", "gpus", "2 cores", "cpu")
 
 
 @pytest.fixture
@@ -33,12 +33,14 @@ def test_what_is_of_todays_code_is_up_to_date(root, monkeypatch):
     assert why(job) == "there is no good.json"
     (root / "good.json").write_text(json.dumps({"code": "yesterday"}))
     assert why(job) == "made by other code"
+    (root / "good.json").write_text(json.dumps({"code": "today", "whole": False}))
+    assert why(job) == "good.json lacks a part"
     (root / "good.json").write_text(json.dumps({"code": "today"}))
     assert why(job) == ""
 
 
 def test_a_training_runs_for_those_who_need_it(root):
-    train = Job("train", "python good.py", "t.json", "", "gpu", 1, goes_on=True)
+    train = Job("train", "python good.py", "out/t.json", "", "gpu", 1, goes_on=True)
     user = Job("user", "python good.py", "u.json", "train", "cpu", 1)
     assert set(reasons([train, user], [])) == {"train", "user"}
     assert not reasons([train], [])

@@ -17,7 +17,7 @@ from engine.clips import open_world
 from engine.command_line import UserError
 from engine.run_files import overrides
 from experiments import normal, paper, paper_tables, paper_verdicts, tables
-from experiments.paper import FULL, QUICK, TABLES, Job, Table
+from experiments.paper import FULL, QUICK, TABLES, Job, Tables
 from experiments.paper_verdicts import CLAIMS
 from experiments.verdicts import OPEN, REFUTED, REPRODUCED
 from mla_video import PRESETS, VideoDiT
@@ -73,15 +73,14 @@ def test_the_papers_values_are_among_the_rows():
 
 # ---- the commands ----------------------------------------------------------------------------
 
-def a_table(tmp_path, name: str, plan=QUICK, **given) -> Table:
-    args = Namespace(table=name, device="cpu", json=tmp_path / "results" / f"paper_{name}.json",
-                     runs=tmp_path, minutes=1, jobs=2, threads=1, seeds=1, flags="",
-                     quick=True)
+def a_table(tmp_path, name: str, plan=QUICK, **given) -> Tables:
+    args = Namespace(device="cpu", results=tmp_path / "results", runs=tmp_path, minutes=1, jobs=2,
+                     threads=1, seeds=1, flags="", quick=True)
     vars(args).update(given)
-    return Table(args, TABLES[name](plan), plan)
+    return Tables(args, list(TABLES) if name == "all" else [name], plan)
 
 
-def words_of(work: Table, way) -> list[str]:
+def words_of(work: Tables, way) -> list[str]:
     return work.command(Job(way, 0))
 
 
@@ -112,7 +111,7 @@ def test_every_command_is_one_that_train_py_takes(tmp_path, monkeypatch):
             work = a_table(tmp_path, name, plan)
             for row in work.rows:
                 for way in row.needs():
-                    monkeypatch.setattr(Table, "begins_from", lambda *_: [])
+                    monkeypatch.setattr(Tables, "begins_from", lambda *_: [])
                     args = train.read_flags(train.make_parser(), words_of(work, way)[2:])
                     args.machine = "cuda"
                     config = train.make_config(args)
@@ -205,7 +204,7 @@ def test_a_table_trains_judges_writes_and_goes_on(tmp_path, monkeypatch, capsys)
     work.work()
     assert work.judged() == (6, 6)
     assert len(Fake.begun) == 1 + 6 * 3 + 6, "the judge once, three stages a row, six judgings"
-    found = json.loads(work.args.json.read_text())
+    found = json.loads(work.path("latent").read_text())
     assert [entry["row"] for entry in found["rows"]] == [row.name for row in work.rows]
     assert found["rows"][0]["training_seconds"] == {"tf": 2.0, "cd": 2.0, "dmd": 2.0}
     assert found["steps"] == {"score": [20], "tf": [20], "cd": [6], "dmd": [6]}
@@ -219,11 +218,30 @@ def test_a_table_trains_judges_writes_and_goes_on(tmp_path, monkeypatch, capsys)
     work.work()
     assert work.judged() == (6, 6)
     assert len(Fake.begun) == 5 + 6, "ours is the row E / 8 of the other table"
-    work.args.json.unlink()
+    work.path("recipe").unlink()
     Fake.begun.clear()
     again = a_table(tmp_path, "recipe")
     again.work()
     assert again.judged() == (6, 6) and not Fake.begun, "the file was lost, the folders were not"
+
+
+def test_all_tables_together_train_once_what_they_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(normal, "subprocess", SimpleNamespace(Popen=Fake, STDOUT=-2))
+    monkeypatch.setattr(Fake, "begun", [])
+    monkeypatch.setattr(Tables, "begins_from", lambda *_: [])
+    work = a_table(tmp_path, "all")
+    work.work()
+    rows = sum(len(table(QUICK)) for table in TABLES.values())
+    assert work.judged() == (rows, rows)
+    folders = [next(word for word in words if word.startswith("--out=")) for words in Fake.begun]
+    assert len(folders) == len(set(folders)), "no training is made twice"
+    for table in TABLES:
+        found = json.loads(work.path(table).read_text())
+        assert found["whole"] and len(found["rows"]) == len(TABLES[table](QUICK))
+        Fake.begun.clear()
+        alone = a_table(tmp_path, table)
+        alone.work()
+        assert alone.judged() == (len(alone.rows), len(alone.rows)) and not Fake.begun
 
 
 def test_a_run_that_was_stopped_is_not_done(tmp_path):
