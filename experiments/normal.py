@@ -239,7 +239,10 @@ class Curves:
 
     def save(self) -> None:
         entries = sorted(self.found.values(), key=lambda entry: (entry["way"], entry["seed"]))
-        text = json.dumps({**self.origin, "jobs": self.args.jobs, "runs": entries}, indent=1)
+        wanted = [Job(way, seed) for way in self.args.stages for seed in self.args.seeds]
+        content = {**self.origin, "jobs": self.args.jobs,
+                   "whole": all(self.known(job) for job in wanted), "runs": entries}
+        text = json.dumps(content, indent=1)
         self.args.json.parent.mkdir(parents=True, exist_ok=True)
         part = self.args.json.with_suffix(".part")
         part.write_text(text + "\n")
