@@ -4,16 +4,18 @@
     R rope channels    V value channels per head    C content latent       (as in attention.py)
 
 The fused route. Few query tokens go to the kernel of fused.py, which works on the latents.
-Many need fewer operations with K and V made per head, (11) and (12) of attention.py, and for
-those cuDNN's kernel is the fastest there is. But cuDNN gives a multiprocessor (SM) 128 query
-tokens of one head and *all* the keys, so its time comes in whole waves of SMs. A chunk of 4680
+Many need fewer operations with K and V made per head, (11) and (12) of attention.py, and then
+a dense kernel. There are two of these, the *backends*: FlashAttention-4 (FA4, engine/flash4.py)
+where it is installed, and cuDNN's elsewhere. Both give a multiprocessor (SM) 128 query tokens
+of one head and *all* the keys, so their time comes in whole waves of SMs. A chunk of 4680
 tokens and 12 heads makes 444 such tiles: 3.4 waves on the 132 SMs of an H100, and they cost 4.
-`plan` therefore gives cuDNN the 4224 tokens that fill three waves to the last SM. The other 456
-go to our kernel, which can split keys. Both need the same latents, and nothing but the latents.
+`plan` therefore gives the backend the 4224 tokens that fill three waves to the last SM. The
+other 456 go to our kernel, which can split keys. Both need the same latents, and nothing but
+the latents.
 
 Which route is the fastest? On a card that was measured, a linear model of its time answers
 (`Gpu`). On any other card operations are counted: what was measured on one card says nothing
-about another, even of the same generation.
+about another, even of the same generation. `route_name` says so then.
 
 Tests: tests/test_engine_routes.py.
 """
@@ -28,11 +30,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused
+from engine import flash4
 from attention import (attend_absorbed, attend_materialised, attend_reference,
                        crossing, route_flops)
 from rope3d import rotate
 
 # ---- the fused route -------------------------------------------------------------------------
+
+# The dense kernels that the fused route knows, by the names under which people see them.
+FA4 = "FA4"
+CUDNN = "cuDNN"
 
 # torch prefers cuDNN on Hopper and Blackwell. With neither of these two SDPA raises: there is
 # no quiet third choice. (Never give set_priority=True: when it is left, it may write back an
@@ -54,12 +61,25 @@ def _generation(index: int | None) -> int:
     return torch.cuda.get_device_capability(index)[0]
 
 
+def backend(device: torch.device) -> str:
+    """Which dense kernel takes the fused route's many queries on this device."""
+    if device.type != "cuda":
+        return CUDNN                   # as it is planned for; what runs is torch's plain formula
+    return _backend_on(device.index)
+
+
+@torch.compiler.assume_constant_result
+def _backend_on(index: int | None) -> str:
+    """`backend` for CUDA device `index`."""
+    return CUDNN if flash4.why_not(_generation(index)) else FA4
+
+
 def why_not_fused(device: torch.device, dtype: torch.dtype, N: int, R: int, V: int, C: int,
                   mask: Tensor | None = None, needs_grad: bool = False) -> str | None:
     """Why `attend_fused` would refuse such a call, in words to follow "route='fused'", or None.
 
-    The kernel's limits are asked of fused.py. Those stated here are cuDNN's, which takes the
-    queries that the kernel does not get.
+    The kernel's limits are asked of fused.py. Those stated here are cuDNN's and FA4's, which
+    take the queries that the kernel does not get.
     """
     if mask is not None:
         return "takes no mask (it is the path of a cached chunk, which sees every key)"
@@ -82,13 +102,13 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, N: int, R: int, V: i
 
 
 def attend_fused(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale,
-                 mask=None, cut: int | None = None) -> Tensor:
+                 mask=None, cut: int | None = None, dense: str | None = None) -> Tensor:
     """The route for GPUs, with the signature and the answer of all routes (attention.py).
 
-    The first `cut` query tokens go to cuDNN, by way of K and V, and the others to the kernel;
-    `plan` says how many, unless it is given. For what it does not take it raises ValueError,
-    in one line that names the route that works. tests/test_engine_routes.py: equal to the
-    reference.
+    The first `cut` query tokens go to a dense kernel, by way of K and V, and the others to
+    ours; `plan` says how many, unless it is given, and `backend` which, unless `dense` names
+    it. For what it does not take it raises ValueError, in one line that names the route that
+    works. tests/test_engine_routes.py: equal to the reference.
     """
     B, L, H, N = q_nope.shape
     T, C = c_kv.shape[1:]
@@ -106,17 +126,20 @@ def attend_fused(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, sca
         for first in range(0, B, at_once):
             turn = slice(first, first + at_once)
             answers.append(attend_fused(q_nope[turn], q_rope[turn], c_kv[turn], k_rope[turn],
-                                        W_UK, W_UV, q_table, k_table, scale, None, cut))
+                                        W_UK, W_UV, q_table, k_table, scale, None, cut, dense))
         return torch.cat(answers)
 
+    if dense is None:
+        dense = backend(q_nope.device)
     if cut is None:
-        cut = _plan_on(q_nope.device.index, B, L, T, H, N, R, V, C) if q_nope.is_cuda else 0
+        sizes = B, L, T, H, N, R, V, C
+        cut = _plan_on(q_nope.device.index, dense, *sizes) if q_nope.is_cuda else 0
     cos, sin = q_table
     answers = []
     if cut > 0:
         table = cos[:cut], sin[:cut]
-        answers.append(_by_cudnn(q_nope[:, :cut], q_rope[:, :cut], c_kv, k_rope,
-                                 W_UK, W_UV, table, k_table, scale))
+        answers.append(_by_dense(q_nope[:, :cut], q_rope[:, :cut], c_kv, k_rope,
+                                 W_UK, W_UV, table, k_table, scale, dense))
     if cut < L:
         table = cos[cut:], sin[cut:]
         answers.append(_by_kernel(q_nope[:, cut:], q_rope[:, cut:], c_kv, k_rope,
@@ -136,12 +159,15 @@ def _by_kernel(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale
     return torch.einsum("bhlc,hvc->blhv", latent, W_UV)
 
 
-def _by_cudnn(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale) -> Tensor:
+def _by_dense(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale,
+              dense: str) -> Tensor:
     """K and V per head, then a dense kernel: [B, L, H, V]."""
     expand = expand_heads
     if q_nope.is_cuda and not torch.compiler.is_compiling():
         expand = _compiled_expand_heads()
     q, k, v = expand(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table)
+    if dense == FA4:
+        return flash4.flash4(*(x.transpose(1, 2) for x in (q, k, v)), scale)
     with sdpa_kernel(BACKENDS if q.is_cuda else [SDPBackend.MATH]):
         o = F.scaled_dot_product_attention(q, k, v, scale=scale)       # [B, H, L, V]
     return o.transpose(1, 2)
@@ -192,13 +218,14 @@ class Counts(NamedTuple):
     kernel: int = 0             # operations of the longest program of _attend_kernel
     product: int = 0            # operations of matrix products
     byte: int = 0               # bytes that elementwise passes read or write
+    flash_key: int = 0          # as `key`, in FlashAttention-4
 
 
 class Gpu(NamedTuple):
     """Seconds that a card takes for each thing that `Counts` counts, and its multiprocessors.
 
-    Every route's time is taken as *linear* in these six, so they are one least-squares fit to
-    the measured table: `python -m experiments.bench --fit results/bench_h100.json`.
+    Every route's time is taken as *linear* in these, so they are one least-squares fit to the
+    measured table: `python -m experiments.bench --fit results/bench_h100.json`.
     tests/test_engine_routes.py: they are that fit's, within the 15 % that runs differ by.
     """
     sms: int
@@ -208,44 +235,65 @@ class Gpu(NamedTuple):
     kernel: float               # one operation of _attend_kernel on one SM
     product: float              # one operation of a product, inner width some hundreds
     byte: float                 # one byte of an elementwise pass
+    flash_key: float            # one key, for one wave of query tiles, in FlashAttention-4
 
     def seconds(self, counts: Counts) -> float:
         return sum(each * count for each, count in zip(self[1:], counts, strict=True))
 
 
-# By the name that torch.cuda.get_device_name gives the measured card, and for no other.
-H100 = "NVIDIA H100 80GB HBM3"         # with torch 2.11 and cuDNN 9.19
+# By the name that torch.cuda.get_device_name gives the measured card, and the torch there.
+# (flash_key is of an earlier run than the rest, with flash-attn-4 4.0.0b36.)
+H100 = "NVIDIA H100 80GB HBM3", "2.11"         # cuDNN 9.19
 GPUS = {H100: Gpu(sms=132, launch=6.0e-6, key=1.3e-8, wide_key=2.2e-8, kernel=2.1e-13,
-                  product=2.5e-15, byte=4.3e-13)}
+                  product=2.5e-15, byte=4.3e-13, flash_key=1.1e-8)}
 
-QUERY_TILE = 128                # query tokens of a head that cuDNN gives an SM
+QUERY_TILE = 128                # query tokens of a head that cuDNN or FA4 gives an SM
+
+
+def short_version(torch_version: str) -> str:
+    """"2.11" of "2.11.0+cu130"."""
+    return ".".join(torch_version.split(".")[:2])
+
+
+def measured_as(card: str, torch_version: str) -> tuple[str, str] | None:
+    """The key of GPUS for this card; None if it was never measured.
+
+    Under a torch that was not measured it is the last one of this card: libraries move a
+    card's times by some percent, another card by a factor.
+    """
+    exact = card, short_version(torch_version)
+    if exact in GPUS:
+        return exact
+    same_card = [key for key in GPUS if key[0] == card]
+    return same_card[-1] if same_card else None
 
 
 def gpu_constants(index: int | None) -> Gpu | None:
     """The constants of CUDA device `index`; None for a card that was never measured."""
-    return GPUS.get(torch.cuda.get_device_name(index))
+    return GPUS.get(measured_as(torch.cuda.get_device_name(index), torch.__version__))
 
 
 def waves(queries: int, heads: int, sms: int) -> int:
-    """Rounds of SMs that cuDNN needs for `queries` queries in each of `heads` heads."""
+    """Rounds of SMs that a backend needs for `queries` queries in each of `heads` heads."""
     tiles = heads * math.ceil(queries / QUERY_TILE)
     return math.ceil(tiles / sms)
 
 
 def form_counts(cut: int, B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int,
-                sms: int) -> Counts:
-    """What the fused route costs if its first `cut` query tokens go to cuDNN."""
-    launch = key = kernel = product = byte = 0
+                sms: int, dense: str = CUDNN) -> Counts:
+    """What the fused route costs if its first `cut` query tokens go to the backend `dense`."""
+    launch = keys = kernel = product = byte = 0
     if cut > 0:
         launch += 2
-        key += waves(cut, B * H, sms) * T
+        keys += waves(cut, B * H, sms) * T
         product += 2 * B * T * H * C * (N + R + V)
         byte += 2 * B * T * H * (N + R + V)
     if cut < L:
         launch += 2             # preparing and merging hide behind their neighbours (pdl)
         kernel += _kernel_operations(B, L - cut, T, H, R, C, sms)
         product += 2 * B * (L - cut) * H * C * (N + V)
-    return Counts(launch, key, 0, kernel, product, byte)
+    key, flash_key = (0, keys) if dense == FA4 else (keys, 0)
+    return Counts(launch, key, 0, kernel, product, byte, flash_key)
 
 
 def _kernel_operations(B: int, L: int, T: int, H: int, R: int, C: int, sms: int) -> int:
@@ -260,8 +308,8 @@ def _kernel_operations(B: int, L: int, T: int, H: int, R: int, C: int, sms: int)
 
 
 def plan(B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int,
-         gpu: Gpu | None) -> int:
-    """How many of L query tokens go to cuDNN: none, all, or what fills whole waves of SMs.
+         gpu: Gpu | None, dense: str = CUDNN) -> int:
+    """How many of L query tokens go to the backend: none, all, or what fills whole waves of SMs.
 
     On a card that was not measured operations decide: all beyond the crossing (13), else none.
     """
@@ -275,27 +323,27 @@ def plan(B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int,
     cuts.append(L)
 
     def seconds(cut: int) -> float:
-        return gpu.seconds(form_counts(cut, B, L, T, H, N, R, V, C, gpu.sms))
+        return gpu.seconds(form_counts(cut, B, L, T, H, N, R, V, C, gpu.sms, dense))
 
     return min(cuts, key=seconds)
 
 
 @torch.compiler.assume_constant_result
-def _plan_on(index: int | None, *sizes: int) -> int:
+def _plan_on(index: int | None, dense: str, *sizes: int) -> int:
     """`plan` for CUDA device `index`."""
-    return plan(*sizes, gpu_constants(index))
+    return plan(*sizes, gpu_constants(index), dense)
 
 
 def route_counts(route: str, B: int, L: int, T: int, H: int, N: int, R: int, V: int, C: int,
-                 gpu: Gpu) -> Counts:
+                 gpu: Gpu, dense: str = CUDNN) -> Counts:
     """What a route costs on a card.
 
     `gpu.seconds` makes a predicted time of it. experiments/bench.py prints that beside the
     clock.
     """
     if route == "fused":
-        cut = plan(B, L, T, H, N, R, V, C, gpu)
-        return form_counts(cut, B, L, T, H, N, R, V, C, gpu.sms)
+        cut = plan(B, L, T, H, N, R, V, C, gpu, dense)
+        return form_counts(cut, B, L, T, H, N, R, V, C, gpu.sms, dense)
     if route == "absorbed":
         # One key for all heads: the queries of all heads are queries of one.
         wide_key = waves(L * H, B, gpu.sms) * T
@@ -315,7 +363,7 @@ def route_counts(route: str, B: int, L: int, T: int, H: int, N: int, R: int, V: 
 # ---- which route to take ---------------------------------------------------------------------
 
 def choose_route(L: int, T: int, H: int, N: int, R: int, V: int, C: int, *, B: int = 1,
-                 gpu: Gpu | None = None, fusable: bool = False) -> str:
+                 gpu: Gpu | None = None, fusable: bool = False, dense: str = CUDNN) -> str:
     """The name of the route that "auto" takes; "fused" is among the choices if it is `fusable`.
 
     On a measured card that of least predicted time. Elsewhere "fused" where it runs (its `plan`
@@ -329,7 +377,7 @@ def choose_route(L: int, T: int, H: int, N: int, R: int, V: int, C: int, *, B: i
         return "absorbed" if absorbed < materialised else "materialised"
 
     def seconds(route: str) -> float:
-        return gpu.seconds(route_counts(route, B, L, T, H, N, R, V, C, gpu))
+        return gpu.seconds(route_counts(route, B, L, T, H, N, R, V, C, gpu, dense))
 
     routes = ["reference", "materialised", "absorbed"]
     if fusable:
@@ -340,7 +388,8 @@ def choose_route(L: int, T: int, H: int, N: int, R: int, V: int, C: int, *, B: i
 @torch.compiler.assume_constant_result
 def _choose_on(index: int | None, fusable: bool, B: int, *sizes: int) -> str:
     """`choose_route` for CUDA device `index`."""
-    return choose_route(*sizes, B=B, gpu=gpu_constants(index), fusable=fusable)
+    return choose_route(*sizes, B=B, gpu=gpu_constants(index), fusable=fusable,
+                        dense=_backend_on(index))
 
 
 def auto_route(device: torch.device, dtype: torch.dtype, B: int, L: int, T: int, H: int,
@@ -380,18 +429,35 @@ ROUTES = {
 def route_name(model, batch: int, name: str) -> str:
     """What `name` comes to for a chunk of `batch` videos with a full window, for people.
 
-    That is "dense", or the route itself, or "auto: " and the route that is taken.
+    That is "dense", or the route itself, or "auto: " and the route that is taken. Of the fused
+    route its kernels are named, too.
     """
     c = model.config
     if c.attention == "dense":
         return "dense"
     if c.attention == "homogeneous":               # it knows two: engine/homogeneous.py
         return "absorbed" if name == "absorbed" else "materialised"
-    if name != "auto":
-        return name
     V = c.dim // c.heads
     weight = model.embed.weight
-    taken = auto_route(weight.device, weight.dtype, B=batch, L=c.chunk * c.tokens,
-                       T=c.window * c.tokens, H=c.heads, N=V - c.rope, R=c.rope, V=V,
-                       C=c.latent)
-    return f"auto: {taken}"
+    sizes = dict(B=batch, L=c.chunk * c.tokens, T=c.window * c.tokens, H=c.heads, N=V - c.rope,
+                 R=c.rope, V=V, C=c.latent)
+    taken = auto_route(weight.device, weight.dtype, **sizes) if name == "auto" else name
+    shown = taken
+    if taken == "fused" and weight.is_cuda:
+        dense = backend(weight.device)
+        card = torch.cuda.get_device_name(weight.device)
+        gpu = gpu_constants(weight.device.index)
+        cut = plan(**sizes, gpu=gpu, dense=dense)
+        shown = fused_name(cut, sizes["L"], dense, card, gpu is not None)
+    return f"auto: {shown}" if name == "auto" else shown
+
+
+def fused_name(cut: int, L: int, dense: str, card: str, measured: bool) -> str:
+    """The fused route for people: which kernels take how many of L query tokens, and by what."""
+    kernels = []
+    if cut > 0:
+        kernels.append(f"{cut} query tokens by {dense}")
+    if cut < L:
+        kernels.append(f"{L - cut} by our kernel")
+    by = "" if measured else f"; cut by counted operations: {card} was never measured"
+    return f"fused ({', '.join(kernels)}{by})"

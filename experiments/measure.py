@@ -22,7 +22,8 @@ from torch._dynamo.utils import counters
 from attention import Dense
 from engine.command_line import provenance
 from engine.homogeneous import config_of, model_of
-from engine.routes import GPUS, H100, Counts, Gpu, form_counts, route_counts, waves
+from engine import flash4
+from engine.routes import FA4, GPUS, H100, Counts, Gpu, form_counts, route_counts, waves
 from engine.streaming import FullWindow
 from mla_video import PRESETS, Config, VideoDiT
 from rope3d import rotate
@@ -57,24 +58,30 @@ def fit(out: dict) -> Gpu:
     """The constants of `engine.routes.Gpu` from the section `attention` of a results file.
 
     Every row of that table is one linear equation, counts times constants = measured seconds.
-    All are solved for the least squares of their *relative* errors.
+    All are solved for the least squares of their *relative* errors. A constant of which no row
+    says anything (FA4 was not installed) stays that of the H100.
     """
+    known = GPUS[H100]
+    sms = out.get("sms", known.sms)
     equations = []
     for point in out["sections"]["attention"]["points"]:
-        for name, counts in counted(point["L"], point["T"]).items():
+        for name, counts in counted(point["L"], point["T"], sms).items():
             row = point.get("timing", {}).get(name, {})
             if "ms" in row:
                 equations.append([1e3 * count / row["ms"] for count in counts])
     A = torch.tensor(equations, dtype=torch.float64)
     size = A.amax(0)                       # columns differ by twenty orders of magnitude
+    said = size > 0
     one = torch.ones(len(A), 1, dtype=A.dtype)
-    solution = torch.linalg.lstsq(A / size, one).solution[:, 0] / size
-    return Gpu(GPUS[H100].sms, *solution.tolist())
+    A = A[:, said] / size[said]
+    constants = torch.tensor(known[1:], dtype=A.dtype)
+    constants[said] = torch.linalg.lstsq(A, one).solution[:, 0] / size[said]
+    return Gpu(sms, *constants.tolist())
 
 
-def counted(L: int, T: int) -> dict[str, Counts]:
+def counted(L: int, T: int, sms: int) -> dict[str, Counts]:
     """{contender: what it costs} at the paper's widths, where costs can be counted."""
-    gpu = GPUS[H100]
+    gpu = GPUS[H100]._replace(sms=sms)
     sizes = attention_sizes(PRESETS["wan1.3b"])
     counts = {}
     for route in CPU_ROUTES:
@@ -83,6 +90,8 @@ def counted(L: int, T: int) -> dict[str, Counts]:
     counts["dense cuDNN, K V ready"] = Counts(launch=1, key=ready)
     counts["fused, kernel only"] = form_counts(0, 1, L, T, **sizes, sms=gpu.sms)
     counts["fused, cuDNN only"] = form_counts(L, 1, L, T, **sizes, sms=gpu.sms)
+    counts["dense FA4, K V ready"] = Counts(launch=1, flash_key=ready)
+    counts["fused, FA4 only"] = form_counts(L, 1, L, T, **sizes, sms=gpu.sms, dense=FA4)
     return counts
 
 
@@ -149,6 +158,11 @@ class Measure:
         self.out["triton"] = getattr(sys.modules.get("triton"), "__version__", None)
         self.out["dtype"] = str(self.dtype).removeprefix("torch.")
         self.out["cudnn"] = torch.backends.cudnn.version() if self.gpu else None
+        self.out["flash4"] = flash4.version()
+        if self.gpu:                                       # by these the cost model is chosen
+            properties = torch.cuda.get_device_properties(0)
+            self.out["card"] = properties.name
+            self.out["sms"] = properties.multi_processor_count
         self.out["sections"] = {}
 
     # ---- the clock ---------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Triton's interpreter has to be chosen before the process imports Triton. So the 
 checked in a child (`python tests/test_engine_routes.py`), as in test_fused.py.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from attention import attend_cheaper, attend_reference  # noqa: E402
 from engine import routes  # noqa: E402
-from experiments.measure import fit  # noqa: E402
+from experiments.measure import counted, fit  # noqa: E402
 from mla_video import PRESETS, Config, VideoDiT  # noqa: E402
 from rope3d import Rope3D, grid_coords  # noqa: E402
+from test_flash4 import install  # noqa: E402
 
 PAPER = dict(H=12, N=96, R=32, V=128, C=192)
 H100 = routes.GPUS[routes.H100]
@@ -68,6 +70,13 @@ def interpreted():
         compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
         assert_close(attend(*args), want)
         assert_close(compiled(*args), want)
+    install(routes.flash4)                                   # and the other backend
+    for cut in (3, 7):
+        def by_flash(*some, cut=cut):
+            return routes.attend_fused(*some, cut=cut, dense=routes.FA4)
+
+        assert_close(by_flash(*args), want)
+        assert_close(torch.compile(by_flash, fullgraph=True, backend="aot_eager")(*args), want)
     routes.SCRATCH = 1                                       # one video at a time
     assert_close(routes.attend_fused(*args, cut=3), want)
     views = []                                               # not contiguous, NaN between
@@ -148,15 +157,21 @@ def test_plan():
     either form alone."""
     cuts = [routes.plan(1, L, 32760, **PAPER, gpu=H100) for L in (16, 64, 256, 1560, 2340, 4680)]
     assert cuts == [0, 0, 0, 1408, 2340, 4224]
+    # FA4 has the same waves and is faster: what it gets can only grow.
+    cuts = [routes.plan(1, L, 32760, **PAPER, gpu=H100, dense=routes.FA4)
+            for L in (16, 64, 256, 1560, 2340, 4680)]
+    assert cuts == [0, 0, 0, 1408, 2340, 4224]
+    assert routes.plan(1, 1024, 32760, **PAPER, gpu=H100, dense=routes.FA4) == 1024
     # A GPU that was not measured: (13) decides.
     assert [routes.plan(1, L, 32760, **PAPER, gpu=None) for L in (256, 4680)] == [0, 4680]
     # 2C <= N + V: there is no crossing.
     assert routes.plan(1, 4680, 32760, 4, 24, 8, 32, 16, None) == 0
-    for B, L, T in [(1, 1, 1), (1, 4680, 1560), (3, 1560, 9360), (16, 4680, 32760)]:
-        cut = routes.plan(B, L, T, **PAPER, gpu=H100)
+    sizes = [(1, 1, 1), (1, 4680, 1560), (3, 1560, 9360), (16, 4680, 32760)]
+    for (B, L, T), dense in itertools.product(sizes, (routes.CUDNN, routes.FA4)):
+        cut = routes.plan(B, L, T, **PAPER, gpu=H100, dense=dense)
         times = []
         for choice in (cut, 0, L):
-            counts = routes.form_counts(choice, B, L, T, **PAPER, sms=H100.sms)
+            counts = routes.form_counts(choice, B, L, T, **PAPER, sms=H100.sms, dense=dense)
             times.append(H100.seconds(counts))
         assert 0 <= cut <= L and times[0] == min(times) > 0
 
@@ -166,6 +181,7 @@ def test_constants_are_the_fit_of_the_committed_results():
     results/bench_h100.json, rounded, up to what one run differs from another. With them the
     predicted times are the measured ones, within a fifth on average over routes and sizes."""
     out = json.loads((ROOT / "results/bench_h100.json").read_text())
+    assert routes.short_version(out["torch"]) == routes.H100[1]
     for name, fitted, written in zip(routes.Gpu._fields, fit(out), H100):
         said = f"{name} is {written:.3g}, the fit says {fitted:.3g}"
         assert abs(fitted / written - 1) < 0.15, said
@@ -185,6 +201,37 @@ def test_constants_are_of_one_card_alone(monkeypatch):
         assert routes.gpu_constants(0) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     assert routes.gpu_constants(0) == H100
+
+
+def test_constants_are_of_a_card_and_a_torch(monkeypatch):
+    """Those of the torch that runs; else the last measured of this card; never another card's."""
+    new = H100._replace(launch=1.0)
+    monkeypatch.setitem(routes.GPUS, ("NVIDIA H200", "2.11"), H100)
+    monkeypatch.setitem(routes.GPUS, ("NVIDIA H200", "2.13"), new)
+    found = {version: routes.measured_as("NVIDIA H200", version)
+             for version in ("2.11.0+cu130", "2.13.1", "2.12.0")}
+    assert [key[1] for key in found.values()] == ["2.11", "2.13", "2.13"]
+    assert routes.measured_as("NVIDIA B200", "2.11.0") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    assert routes.gpu_constants(0) is new
+
+
+def test_fit_takes_what_was_measured_and_keeps_the_rest():
+    """Times that the model itself makes give its constants back, on a card with other SMs, with
+    FA4's rows or without them."""
+    gpu = H100._replace(sms=100, flash_key=0.7e-8)
+    for with_flash in (True, False):
+        points = []
+        for L in (16, 256, 1024, 4680):
+            timing = {}
+            for name, counts in counted(L, 9360, gpu.sms).items():
+                if with_flash or "FA4" not in name:
+                    timing[name] = {"ms": 1e3 * gpu.seconds(counts)}
+            points.append(dict(L=L, T=9360, timing=timing))
+        found = fit({"sms": gpu.sms, "sections": {"attention": {"points": points}}})
+        want = gpu if with_flash else gpu._replace(flash_key=H100.flash_key)
+        assert found == pytest.approx(want, rel=1e-6)
 
 
 def test_auto_by_measured_constants():
