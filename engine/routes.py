@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused
 from engine import flash4
+from engine.expand import expand as expand_kernel
 from attention import (attend_absorbed, attend_materialised, attend_reference,
                        crossing, route_flops)
 from rope3d import rotate
@@ -162,9 +163,9 @@ def _by_kernel(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale
 def _by_dense(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale,
               dense: str) -> Tensor:
     """K and V per head, then a dense kernel: [B, L, H, V]."""
-    expand = expand_heads
+    expand = UPS[UP]
     if q_nope.is_cuda and not torch.compiler.is_compiling():
-        expand = _compiled_expand_heads()
+        expand = _compiled(expand)
     q, k, v = expand(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table)
     if dense == FA4:
         return flash4.flash4(*(x.transpose(1, 2) for x in (q, k, v)), scale)
@@ -201,11 +202,48 @@ def expand_heads(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV,
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+def expand_by_product(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV,
+                      q_table, k_table) -> tuple[Tensor, Tensor, Tensor]:
+    """As `expand_heads`, keys and values by one product: they share each token's line.
+
+        [k | v] = [c_kv | rot(k_rope)] @ [[W_UK^h, 0, W_UV^h],
+                                          [0,      I, 0     ]]
+
+    The rows are read once for both. R * V operations a head and token multiply zeros.
+    """
+    H, N, C = W_UK.shape
+    R = k_rope.shape[-1]
+    V = W_UV.shape[1]
+    rows = torch.cat((c_kv, rotate(k_rope, k_table)), dim=-1)          # [B, T, C + R]
+    nothing = W_UK.new_zeros(H, R, C)
+    upper = torch.cat((W_UK, nothing, W_UV), 1).permute(2, 0, 1)       # [C, H, N + R + V]
+    identity = torch.eye(R, device=rows.device, dtype=rows.dtype)
+    lower = F.pad(identity, (N, V))[:, None].expand(R, H, N + R + V)
+    W = torch.cat((upper, lower)).flatten(1)                           # [C + R, H (N + R + V)]
+    both = (rows @ W).unflatten(-1, (H, N + R + V)).transpose(1, 2)    # [B, H, T, N + R + V]
+    q = torch.cat((q_nope, rotate(q_rope, q_table)), dim=-1)           # [B, L, H, N + R]
+    return q.transpose(1, 2), both[..., :N + R], both[..., N + R:]
+
+
+def expand_by_kernel(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV,
+                     q_table, k_table) -> tuple[Tensor, Tensor, Tensor]:
+    """As `expand_heads`, keys and values by the kernel of engine/expand.py."""
+    k, v = expand_kernel(c_kv, k_rope, W_UK, W_UV, *k_table)
+    q = torch.cat((q_nope, rotate(q_rope, q_table)), dim=-1)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+# The ways to make K and V. `UP` is the one that is taken: the one that was measured the longest.
+# `python -m experiments.bench --only up` times all of them.
+UPS = {"two products": expand_heads, "product": expand_by_product, "kernel": expand_by_kernel}
+UP = "two products"
+
+
 @functools.cache
-def _compiled_expand_heads():
+def _compiled(expand):
     """For callers that are not compiled themselves: the elementwise parts become one kernel.
     Compiled at the first call, and never at import."""
-    return torch.compile(expand_heads, fullgraph=True)
+    return torch.compile(expand, fullgraph=True)
 
 
 # ---- what routes cost ------------------------------------------------------------------------

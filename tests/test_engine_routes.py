@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,13 +71,20 @@ def interpreted():
         compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
         assert_close(attend(*args), want)
         assert_close(compiled(*args), want)
+    for routes.UP in routes.UPS:                             # every way to make K and V
+        assert_close(routes.attend_fused(*args, cut=3), want)
+        torch.compiler.reset()
+        compiled = torch.compile(partial(routes.attend_fused, cut=3), fullgraph=True,
+                                 backend="aot_eager")
+        assert_close(compiled(*args), want)
     install(routes.flash4)                                   # and the other backend
-    for cut in (3, 7):
+    for cut, routes.UP in itertools.product((3, 7), routes.UPS):
         def by_flash(*some, cut=cut):
             return routes.attend_fused(*some, cut=cut, dense=routes.FA4)
 
         assert_close(by_flash(*args), want)
         assert_close(torch.compile(by_flash, fullgraph=True, backend="aot_eager")(*args), want)
+    routes.UP = "two products"
     routes.SCRATCH = 1                                       # one video at a time
     assert_close(routes.attend_fused(*args, cut=3), want)
     views = []                                               # not contiguous, NaN between
