@@ -1,11 +1,24 @@
-"""Where latent attention wins and where it loses, measured on one device in one run.
+r"""Where latent attention wins and where it loses, measured on one device in one run.
 
     python -m experiments.bench                            all this device can hold
     python -m experiments.bench --only attention --json results/bench_h100.json
     python -m experiments.bench --quick                    small sizes; what a CPU gets anyway
+    python -m experiments.bench --judge results/bench_h100.json    each target: met, or missed
 
-On one H100 the whole takes about 4 minutes. Sections: memory, attention, block, rollout, batch,
-and a prediction for a B200.
+On one H100 the whole takes about 12 minutes. --minutes ends it earlier, and --add keeps what an
+earlier call of the same commit on the same card wrote, so that two short calls do:
+
+    F=results/bench_h100.json
+    python -m experiments.bench --minutes 9 --json $F --only attention --only up --only short \
+        --only lifetime --only memory --only b200
+    python -m experiments.bench --minutes 9 --json $F --add --only rollout --only block \
+        --only batch --only targets
+
+Sections: memory, rollout, attention, block, up, short, lifetime, batch, a prediction for a B200,
+and targets (experiments/fast_path.py has up, short, lifetime and targets). Rows of
+FlashAttention-4 (FA4) are there where it is installed: `pip install flash-attn-4`.
+
+"The fastest dense" is the fastest of all rows whose name begins with "dense".
 
 Attention is timed only on tensors whose answer was checked against float64 in this run. A
 contender that fails (wrong, out of memory, no such backend) stays in the table and says why;
@@ -26,22 +39,23 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from attention import Route, crossing, route_flops
-from engine.routes import (GPUS, H100, ROUTES, attend_auto, attend_fused, choose_route,
-                           gpu_constants, plan, route_counts)
+from engine.routes import (CUDNN, FA4, GPUS, H100, ROUTES, UP, UPS, attend_auto, attend_fused, backend,
+                           choose_route, gpu_constants, measured_as, plan, route_counts,
+                           short_version)
 from engine.streaming import FastStream, FullWindow, LayerRows
-from experiments.measure import (CPU_ROUTES, Measure, StoredRotated, attention_sizes, cell, fit,
-                                 graphs)
+from experiments.fast_path import FastPath, by_flash4, by_sdpa, by_way, judge
+from experiments.measure import CPU_ROUTES, StoredRotated, attention_sizes, cell, fit, graphs
 from flow import euler
 from mla_video import PRESETS, VideoDiT
 from rope3d import Rope3D, grid_coords, rotate
@@ -52,8 +66,13 @@ WAN_GRID = 30, 52                      # tokens of a frame at the paper's size
 SKIP_REFERENCE = 12e9                  # bytes of scores that the reference would hold
 
 
-class Bench(Measure):
+class Bench(FastPath):
     """The sections; each returns what goes into the JSON and prints a table."""
+
+    @property
+    def dense(self) -> str:
+        """The fused route's backend here."""
+        return backend(torch.device(self.device, 0 if self.gpu else None))
 
     # ---- memory ------------------------------------------------------------------------------
 
@@ -87,7 +106,7 @@ class Bench(Measure):
     def attention(self) -> dict:
         """Every route and its dense rivals, alone, over query tokens L and keys T."""
         lengths = (16, 32, 64, 128, 256, 512, 1024, 1560, 2340, 4680)
-        windows = (32760, 9360, 1560)
+        windows = (32760, 15600, 9360, 1560)               # 21, 1 + 6 + 3, 6 and 1 frames
         if self.quick:
             lengths = (4, 48)
             windows = (192,)
@@ -138,7 +157,7 @@ class Bench(Measure):
     def attention_point(self, L: int, T: int) -> dict:
         """All contenders at one size: checked, timed in turn, and what `auto` takes."""
         gpu = gpu_constants(0) if self.gpu else None
-        planned = plan(1, L, T, **self.sizes(), gpu=gpu)
+        planned = plan(1, L, T, **self.sizes(), gpu=gpu, dense=self.dense), self.dense
         sets = [self.attention_inputs(L, T, seed) for seed in range(3)]
         # The answer is checked at the first and the last query tokens.
         first = torch.arange(min(L, 32))
@@ -151,7 +170,11 @@ class Bench(Measure):
         ready = [[x.to(self.dtype) for x in qkv] for qkv in exact]
         del exact, q, k, v, scores
 
-        contenders = {name: (call, ready) for name, call in self.dense_calls(L, sets[0][8])}
+        contenders = {}
+        for name, call in self.dense_calls(L, sets[0][8]):
+            contenders[name] = call, ready
+            if "FA4" in name:                              # as a cache keeps them: [B, T, H, d]
+                contenders[name] = call, [[token_major(x) for x in qkv] for qkv in ready]
         forms = self.forms(L)
         for name, call in self.latent_calls(L, T, forms):
             contenders[name] = (call, sets)
@@ -170,39 +193,55 @@ class Bench(Measure):
         self.add_clocks(timing)
         return self.judged(L, T, timing, forms, planned)
 
-    def forms(self, L: int) -> dict[str, int]:
-        """Forms of the fused route: how many query tokens go to cuDNN."""
-        forms = {"fused, kernel only": 0, "fused, cuDNN only": L}
-        if self.gpu:
-            H = self.sizes()["H"]
-            sms = torch.cuda.get_device_properties(0).multi_processor_count
-            waves = H * -(-L // 128) // sms                # those that are full
-            cut = 128 * (waves * sms // H)
-            if 0 < cut < L:
-                forms["fused, waves + kernel"] = cut
+    def forms(self, L: int) -> dict[str, tuple[int, str]]:
+        """Forms of the fused route: how many query tokens go to a dense kernel, and to which."""
+        backends = [CUDNN, FA4] if self.dense == FA4 else [CUDNN]
+        forms = {"fused, kernel only": (0, self.dense)}
+        for dense in backends:
+            forms[f"fused, {dense} only"] = L, dense
+        cut = self.full_waves(L)
+        if self.gpu and 0 < cut < L:
+            for dense in backends:
+                name = "fused, waves + kernel" if dense == CUDNN else "fused, FA4 waves + kernel"
+                forms[name] = cut, dense
         return forms
+
+    def full_waves(self, L: int) -> int:
+        """The query tokens that fill whole waves of the GPU's multiprocessors."""
+        if not self.gpu:
+            return 0
+        H = self.sizes()["H"]
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
+        waves = H * -(-L // 128) // sms                    # those that are full
+        return 128 * (waves * sms // H)
 
     def dense_calls(self, L: int, scale: float) -> list[tuple[str, Callable]]:
         """Contenders whose keys and values are ready: (name, function of [q, k, v])."""
-        def by(backend):
-            def call(qkv, queries=slice(None)):
-                q, k, v = qkv
-                with sdpa_kernel([backend]):
-                    o = F.scaled_dot_product_attention(q[:, :, queries], k, v, scale=scale)
-                return o.transpose(1, 2)
-            return call
+        def flash(qkv, queries=slice(None)):
+            return by_sdpa(SDPBackend.FLASH_ATTENTION, qkv, scale, queries)
 
-        flash = by(SDPBackend.FLASH_ATTENTION)
         if not self.gpu:
-            return [("dense math, K V ready", by(SDPBackend.MATH)),
+            return [("dense math, K V ready", lambda qkv: by_sdpa(SDPBackend.MATH, qkv, scale)),
                     ("dense flash, K V ready", flash)]
-        cudnn = by(SDPBackend.CUDNN_ATTENTION)
+
+        def cudnn(qkv, queries=slice(None)):
+            return by_sdpa(SDPBackend.CUDNN_ATTENTION, qkv, scale, queries)
+
+        def flash4(qkv, queries=slice(None)):
+            return by_flash4(qkv, scale, queries)
+
+        def waves(first: Callable, qkv):
+            return torch.cat((first(qkv, slice(cut)), flash(qkv, slice(cut, None))), 1)
+
+        cut = self.full_waves(L)
         calls = [("dense cuDNN, K V ready", cudnn), ("dense flash, K V ready", flash)]
-        cut = self.forms(L).get("fused, waves + kernel")
-        if cut is not None:
-            def both(qkv):
-                return torch.cat((cudnn(qkv, slice(cut)), flash(qkv, slice(cut, None))), 1)
-            calls.append(("dense cuDNN waves + flash", both))
+        strong = {"cuDNN": cudnn}
+        if self.dense == FA4:
+            calls.append(("dense FA4, K V ready", flash4))
+            strong["FA4"] = flash4
+        if 0 < cut < L:
+            for name, call in strong.items():
+                calls.append((f"dense {name} waves + flash", partial(waves, call)))
         return calls
 
     def latent_calls(self, L: int, T: int, forms: dict) -> list[tuple[str, Callable | None]]:
@@ -214,8 +253,14 @@ class Bench(Measure):
             calls[0] = ("reference", None)
         if self.gpu:
             calls.append(("fused", lambda args: attend_fused(*args)))
-            for name, cut in forms.items():
-                calls.append((name, lambda args, cut=cut: attend_fused(*args, cut=cut)))
+            for name, form in forms.items():
+                cut, dense = form
+                call = partial(attend_fused, cut=cut, dense=dense)
+                calls.append((name, lambda args, call=call: call(*args)))
+            if L >= 1024:
+                for name in UPS:
+                    call = by_way(name, attend_fused)
+                    calls.append((f"fused, up: {name}", lambda args, call=call: call(*args)))
         return calls
 
     def checked_error(self, got: Tensor, want: Tensor) -> float:
@@ -240,25 +285,27 @@ class Bench(Measure):
             if "error" in row:
                 row["error_ratio"] = row["error"] / base if base else None
 
-    def judged(self, L: int, T: int, timing: dict, forms: dict, planned: int) -> dict:
+    def judged(self, L: int, T: int, timing: dict, forms: dict, planned: tuple) -> dict:
         """What `auto` takes, beside the best of its choices and what was predicted."""
         gpu = gpu_constants(0) if self.gpu else None
-        auto = choose_route(L, T, **self.sizes(), gpu=gpu, fusable=self.gpu)
+        auto = choose_route(L, T, **self.sizes(), gpu=gpu, fusable=self.gpu, dense=self.dense)
         # What fused does anyway is no other choice: the time of the same kernels under another
         # name differs by chance.
+        same = {name for name, form in forms.items() if form == planned}
+        same.add(f"fused, up: {UP}")
         choices = {}
         for name, row in timing.items():
-            if "ms" in row and not name.startswith("dense") and forms.get(name) != planned:
+            if "ms" in row and not name.startswith("dense") and name not in same:
                 choices[name] = row["ms"]
         over_best = choices[auto] / min(choices.values()) if auto in choices else None
-        point = dict(timing=timing, auto=auto, cut=planned, best=min(choices, key=choices.get),
+        point = dict(timing=timing, auto=auto, cut=planned[0], backend=planned[1], best=min(choices, key=choices.get),
                      auto_over_best=over_best, flops={})
         for route in ("materialised", "absorbed"):
             point["flops"][route] = route_flops(route, L, T, **self.sizes())
         if gpu is not None:
             point["predicted_ms"] = {}
             for route in (*CPU_ROUTES, "fused"):
-                counts = route_counts(route, 1, L, T, **self.sizes(), gpu=gpu)
+                counts = route_counts(route, 1, L, T, **self.sizes(), gpu=gpu, dense=self.dense)
                 point["predicted_ms"][route] = 1e3 * gpu.seconds(counts)
         return point
 
@@ -279,7 +326,7 @@ class Bench(Measure):
             times = [f"{point['predicted_ms'][route]:.4f}" for point in points]
             rows.append([f"predicted: {route}", *times])
         taken = [f"{point['auto']} ({point['cut']})" for point in points]
-        rows.append(["auto takes (query tokens to cuDNN)", *taken])
+        rows.append([f"auto takes (query tokens to {self.dense})", *taken])
         ratios = [point["auto_over_best"] for point in points]
         shown = [f"{ratio:.3f}" if ratio else "-" for ratio in ratios]
         rows.append(["auto / best route", *shown])
@@ -290,7 +337,8 @@ class Bench(Measure):
         lengths = [f"L={point['L']}" for point in points]
         self.table(f"attention, T = {T}, ms", ["contender", *lengths], rows)
         pairs = {"absorbed / materialised": ("absorbed", "materialised"),
-                 "kernel / cuDNN": ("fused, kernel only", "fused, cuDNN only")}
+                 "kernel / cuDNN": ("fused, kernel only", "fused, cuDNN only"),
+                 "kernel / FA4": ("fused, kernel only", "fused, FA4 only")}
         for label, (one, other) in pairs.items():
             at = measured_crossing(points, one, other)
             if at is not None:
@@ -311,22 +359,43 @@ class Bench(Measure):
 
     def block(self) -> dict:
         """One block over a full window, all passes of a chunk."""
-        # name -> attention, route, compiled, keys stored rotated
+        # name -> attention, route, compiled, how keys are stored rotated (None: they are not)
         contenders = {
-            "dense, compiled": ("dense", "auto", True, False),
-            "MLA auto, compiled": ("mla", "auto", True, False),
-            "dense, keys stored rotated, compiled": ("dense", "auto", True, True),
-            "MLA materialised, compiled": ("mla", "materialised", True, False),
-            "MLA absorbed, compiled": ("mla", "absorbed", True, False),
-            "dense, eager": ("dense", "auto", False, False),
-            "MLA auto, eager": ("mla", "auto", False, False),
+            "dense, compiled": ("dense", attend_auto, True, None),
+            "MLA auto, compiled": ("mla", attend_auto, True, None),
+            "dense, keys stored rotated, compiled": ("dense", attend_auto, True, CUDNN),
+            "MLA materialised, compiled": ("mla", ROUTES["materialised"], True, None),
+            "MLA absorbed, compiled": ("mla", ROUTES["absorbed"], True, None),
+            "dense, eager": ("dense", attend_auto, False, None),
+            "MLA auto, eager": ("mla", attend_auto, False, None),
         }
+        if self.gpu:
+            for up in UPS:
+                how = "mla", attend_auto, True, None, up
+                contenders[f"MLA auto, up: {up}, compiled"] = how
+        if self.dense == FA4:
+            contenders |= {
+                "dense, keys stored rotated, FA4, compiled": ("dense", attend_auto, True, FA4),
+                "MLA over cuDNN, compiled": ("mla", attend_over_cudnn, True, None)}
+        rows = self.block_rows(contenders)
+        if self.gpu:                                       # a window of 1 + 6 + 3 frames
+            whole = self.config
+            self.config = replace(whole, window=10)
+            some = {name: how for name, how in contenders.items() if name in BLOCKS_SHORT}
+            self.out["sections"]["block_10_frames"] = self.block_rows(some)
+            self.config = whole
+        return rows
+
+    def block_rows(self, contenders: dict) -> dict:
+        """The contenders at the window of the configuration, as rows, and their table."""
         rows = {}
         for name, how in contenders.items():
             compiled = how[2]
             if compiled and not self.gpu:
                 continue
-            rows[name] = self.attempt(lambda: self.block_contender(*how), forget=True)
+            up = how[4] if len(how) > 4 else UP
+            work = by_way(up, self.block_contender)
+            rows[name] = self.attempt(lambda: work(*how[:4]), forget=True)
             print(f"  block: {name}: {cell(rows[name])}", flush=True)
         base = rows["dense, compiled" if self.gpu else "dense, eager"].get("ms", math.nan)
         lines = []
@@ -346,12 +415,18 @@ class Bench(Measure):
                    ["contender", "ms", "/ compiled dense", "% of ceiling", "warm-up s"], lines)
         return rows
 
-    def block_contender(self, kind: str, route: str, compiled: bool, rotated: bool) -> dict:
+    def block_contender(self, kind: str, attend: Route, compiled: bool,
+                        rotated: str | None) -> dict:
         model = self.model(kind, layers=1)
         if rotated:
-            block = model.blocks[0]
-            block.attention = StoredRotated.like(block.attention, self.config.dim)
-        return self.timed([self.block_chunk(model, ROUTES[route], compiled)], replays=9)
+            self.store_rotated(model, rotated)
+        return self.timed([self.block_chunk(model, attend, compiled)], replays=9)
+
+    def store_rotated(self, model: VideoDiT, kernel: str) -> None:
+        """Let a dense model keep its keys rotated, and attend by this kernel."""
+        for block in model.blocks:
+            layer = block.attention
+            block.attention = StoredRotated.like(layer, self.config.dim, flash=kernel == FA4)
 
     def block_chunk(self, model: VideoDiT, attend: Route, compiled: bool) -> Callable:
         """A function that makes all passes of a chunk through the one block of `model`."""
@@ -395,15 +470,30 @@ class Bench(Measure):
 
     def rollout(self) -> dict:
         """Chunks of whole models with a full window."""
-        backend = "inductor" if self.gpu else "aot_eager"
+        compiler = "inductor" if self.gpu else "aot_eager"
+        # name -> attention, how keys are stored rotated (None: they are not), frames of the window
+        full = self.config.window
+        contenders = {"mla": ("mla", None, full), "dense": ("dense", None, full)}
+        if self.gpu:
+            kernels = [CUDNN, FA4] if self.dense == FA4 else [CUDNN]
+            for kernel in kernels:
+                name = f"dense, keys stored rotated, {kernel}"
+                contenders[name] = "dense", kernel, full
+            contenders["mla, 10 frames"] = "mla", None, 10
+            contenders[f"{name}, 10 frames"] = "dense", kernel, 10
         rows = {}
-        for kind in ("mla", "dense"):
+        whole = self.config
+        for name, (kind, rotated, frames) in contenders.items():
             def run():
                 model = self.model(kind)
-                return self.stream(model, self.window(model), 10 if self.gpu else 3, backend,
-                                   more=190 if self.gpu and kind == "mla" else 0)
-            rows[kind] = self.attempt(run, forget=True)
-            print(f"  rollout: {kind}: {rows[kind]}", flush=True)
+                if rotated:
+                    self.store_rotated(model, rotated)
+                return self.stream(model, self.window(model), 10 if self.gpu else 3, compiler,
+                                   more=190 if self.gpu and name == "mla" else 0)
+            self.config = replace(whole, window=frames)
+            rows[name] = self.attempt(run, forget=True)
+            self.config = whole
+            print(f"  rollout: {name}: {rows[name]}", flush=True)
         if self.gpu:                                       # what `python sample.py` waits for
             rows["toy"] = self.attempt(self.toy_stream, forget=True)
         mla = rows["mla"]
@@ -652,8 +742,24 @@ def no_host_synchronisation(gpu: bool):
             torch.cuda.set_sync_debug_mode("default")
 
 
-# Rollout early: what it compiles is then really cold.
-SECTIONS = ("memory", "rollout", "attention", "block", "batch", "b200")
+def token_major(x: Tensor) -> Tensor:
+    """The same [B, H, T, d], its memory in the order [B, T, H, d]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attend_over_cudnn(*args) -> Tensor:
+    """The fused route as it is where FA4 is not installed."""
+    return attend_fused(*args, dense=CUDNN)
+
+
+# Blocks that are timed over a window of 10 frames, too.
+BLOCKS_SHORT = ("dense, compiled", "MLA auto, compiled",
+                "dense, keys stored rotated, compiled",
+                "dense, keys stored rotated, FA4, compiled")
+
+# Rollout early: what it compiles is then really cold. Targets last: it looks at all the others.
+SECTIONS = ("memory", "rollout", "attention", "up", "short", "block", "lifetime", "batch", "b200",
+            "targets")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -662,30 +768,61 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=SECTIONS,
                         help="a section; may be given again; default: all, in this order")
     parser.add_argument("--json", help="where to write the results, anew after every section")
+    parser.add_argument("--add", action="store_true",
+                        help="keep the sections that this file has, of the same commit and card")
     parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
     parser.add_argument("--quick", action="store_true", help="small sizes (always on a CPU)")
     parser.add_argument("--cpu", action="store_true",
                         help="measure the CPU although there is a GPU")
     parser.add_argument("--budget", type=float, default=900, metavar="SECONDS",
                         help="start nothing after this time; rows left out say so")
+    parser.add_argument("--minutes", type=float,
+                        help="the same in minutes; what was measured until then is written")
     parser.add_argument("--layers", type=int,
                         help="fewer layers than the preset, for a shorter run")
     parser.add_argument("--fit", metavar="PATH",
                         help="measure nothing: print the constants of engine.routes.Gpu that "
                         "follow from a results file")
-    return parser.parse_args(argv)
+    parser.add_argument("--judge", metavar="PATH",
+                        help="measure nothing: print what a results file says of the targets")
+    args = parser.parse_args(argv)
+    if args.minutes is not None:
+        args.budget = 60 * args.minutes
+    return args
+
+
+def constants_said(out: dict) -> str:
+    """Of which card and torch the cost model's constants are."""
+    found = measured_as(out["card"], out["torch"])
+    if found is None:
+        return f"{out['card']} was never measured: operations are counted; see --fit"
+    return f"constants of {found[0]}, torch {found[1]}"
+
+
+def print_constants(out: dict) -> None:
+    """What stands in engine/routes.py for the card of a results file, and what it should be."""
+    key = out.get("card", H100[0]), short_version(out["torch"])
+    print(f"{key}\nnow    {GPUS.get(key)}\nfitted {fit(out)}")
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> dict | None:
     args = parse(argv)
     if args.fit:
-        results = json.loads(Path(args.fit).read_text())
-        print(f"now    {GPUS[H100]}\nfitted {fit(results)}")
+        print_constants(json.loads(Path(args.fit).read_text()))
+        return None
+    if args.judge:
+        for row in judge(json.loads(Path(args.judge).read_text())["sections"]):
+            print(f"{row['verdict']:12s} {row['target']}: {row['measured']} "
+                  f"({row['sense']} {row['limit']:g})")
         return None
     torch._dynamo.config.recompile_limit = 256     # one function meets many shapes, all meant
     bench = Bench(args)
+    if args.add:
+        bench.go_on()
     bench.ceilings()
+    if bench.gpu:
+        print(f"dense kernel of the fused route: {bench.dense}; {constants_said(bench.out)}")
     # An empty folder: the compilers find nothing of an earlier run.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{empty}/inductor"

@@ -53,7 +53,7 @@ from cache import Rows
 from engine.command_line import UserError, run
 from engine.routes import ROUTES
 from experiments.bench import PASSES, Bench
-from experiments.measure import attention_sizes
+from experiments.measure import RELEASED, attention_sizes
 from mla_video import Config, VideoDiT
 from rope3d import Table, grid_coords, rotate
 
@@ -75,12 +75,6 @@ PAPER = {64: 26.93, 128: 27.00, 256: 26.93, 512: 26.79}
 RANGE = 1000 / min(PAPER.values()) - 1000 / max(PAPER.values())    # ms a frame
 CAN = 3 * RANGE
 CANNOT = 10 * RANGE
-
-
-# Self-Forcing's released block, ms of 5 passes at this geometry (dense, 21 frames), on one H100 with
-# torch 2.11, its flash-attn replaced by cuDNN's attention. Its code cannot be kept here, so this
-# was timed once, by hand, and is in no file of results/.
-RELEASED = {"eager": 17.1, "compiled, with graph breaks": 14.5}
 
 
 # ---- Appendix E ------------------------------------------------------------------------------
@@ -275,7 +269,7 @@ class WanSpeed(Bench):
                     continue
                 name = f"block, {kind}, {'compiled' if compiled else 'eager'}"
                 self.row("model", name,
-                         lambda: self.block_contender(kind, "auto", compiled, False),
+                         lambda: self.block_contender(kind, ROUTES["auto"], compiled, None),
                          kind=kind, window=self.config.window)
 
     def streamed(self, kind: str) -> dict:

@@ -4,6 +4,8 @@ The package needs a GPU. A stand-in with its signature takes its place here; tha
 the same on a GPU is measured by `python -m experiments.bench`, whose every time is checked.
 """
 
+import os
+import subprocess
 import sys
 import types
 from types import SimpleNamespace
@@ -111,6 +113,38 @@ def test_the_backend_and_its_name(monkeypatch, found, want):
                                     "operations: NVIDIA H200 was never measured)")
     monkeypatch.setattr(routes, "why_not_fused", lambda *rest: None)
     assert routes.route_name(model, 1, "auto") == f"auto: {shown['NVIDIA H200']}"
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("capability, sms", [(90, 132), (100, 148)])
+def test_the_package_compiles_for_absent_gpus(capability, sms):
+    """The real one, if it is installed, for the shapes of a chunk at the paper's size."""
+    pytest.importorskip("cutlass", reason="needs flash-attn-4 and nvidia-cutlass-dsl")
+    environment = os.environ | {"FLASH_ATTENTION_ARCH": f"sm_{capability}",
+                                "CUTE_DSL_ARCH": f"sm_{capability}a",
+                                "FLASH_ATTENTION_NUM_SMS": str(sms)}
+    child = subprocess.run([sys.executable, "-c", OFFLINE.replace("SMS", str(sms))],
+                           env=environment, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr
+    assert "(1, 4224, 12, 128)" in child.stdout
+
+
+# Fake tensors make the package compile and not launch. The number of SMs is asked of the driver.
+OFFLINE = """if 1:
+    import cutlass.utils, torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Info:
+        def get_device_multiprocessor_count(self): return SMS
+        def get_max_active_clusters(self, size): return SMS // size
+
+    cutlass.utils.HardwareInfo = Info
+    from flash_attn.cute import interface
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        like = dict(dtype=torch.bfloat16, device="cuda:0")
+        q, k = torch.empty(1, 4224, 12, 128, **like), torch.empty(1, 32760, 12, 128, **like)
+        out = interface._flash_attn_fwd(q, k, torch.empty_like(k), softmax_scale=0.1)[0]
+    print(tuple(out.shape))"""
 
 
 def test_the_kernel_alone_names_no_backend():

@@ -56,7 +56,7 @@ ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "latents", "latent_clips", "wan_training", "run_files"))]
 COMMANDS = ["train", "sample"]
 EXPERIMENTS = [f"experiments.{stem}" for stem in (
-    "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "bench",
+    "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "fast_path", "bench",
     "spectrum", "quality", "eight_bits", "pictures", "captions", "starts", "switches",
     "wan_memory", "wan_speed", "convert", "worlds", "flicker", "failures", "normal",
     "memory_figure", "memory", "digit_pairs", "paper", "paper_verdicts", "paper_tables", "tables",
