@@ -65,6 +65,12 @@ PASSES = STEPS + 1
 WAN_GRID = 30, 52                      # tokens of a frame at the paper's size
 SKIP_REFERENCE = 12e9                  # bytes of scores that the reference would hold
 
+# Public figures of a B200: bytes and operations a second. cuDNN 9.19 at 128/128 on GB200 from
+# NVIDIA's cudnn-frontend benchmarks; FA4 from its paper and its repository; large products in
+# bf16 at 1.7 of 2.25 PFLOP/s; 8 TB/s, of which 85 % are taken.
+B200 = {"memory": 8e12, "memory taken": 0.85, "product": 1.7e15, "cuDNN": 1.670e15,
+        "FA4, paper": 1.613e15, "FA4, best": 1.749e15}
+
 
 class Bench(FastPath):
     """The sections; each returns what goes into the JSON and prints a table."""
@@ -669,22 +675,19 @@ class Bench(FastPath):
     # ---- paper B200 --------------------------------------------------------------------------
 
     def b200(self) -> dict:
-        """Prediction, never measured here, from public figures.
-
-        8 TB/s, of which 85 % are taken. cuDNN 9.19 attention 128/128 at 1.67 PFLOP/s on GB200
-        (NVIDIA's cudnn-frontend benchmark results). Dense bf16 products at 1.7 of 2.25 PFLOP/s.
-        """
+        """Prediction, never measured here, from public figures: `B200`."""
         c = PRESETS["wan1.3b"]
         s = attention_sizes(c)
         T = c.window * c.tokens
         widths = s["H"] * (s["N"] + s["R"] + s["V"])       # of K and V, all heads
         rows = {}
         for L in (1560, 4680):
-            dense = 2 * L * T * widths / 1.67e15
-            written = 2 * T * widths / 6.8e12
-            multiplied = 2 * T * widths * s["C"] / 1.7e15
+            dense = 2 * L * T * widths / B200["cuDNN"]
+            written = 2 * T * widths / (B200["memory"] * B200["memory taken"])
+            multiplied = 2 * T * widths * s["C"] / B200["product"]
             up = max(written, multiplied)
-            rows[str(L)] = dict(dense_ms=1e3 * dense, mla_ms=1e3 * (dense + up),
+            flash = [1e3 * 2 * L * T * widths / B200[name] for name in ("FA4, best", "FA4, paper")]
+            rows[str(L)] = dict(dense_flash4_ms=flash, dense_ms=1e3 * dense, mla_ms=1e3 * (dense + up),
                                 ratio=1 + up / dense)
         lines = []
         for L, row in rows.items():

@@ -244,7 +244,9 @@ def worst_error(points: list[dict]) -> float:
 ATTENTION = {  # row of the bench: its name here
     "dense cuDNN, K V ready": "dense, cuDNN",
     "dense flash, K V ready": "dense, flash",
+    "dense FA4, K V ready": "dense, FA4",
     "dense cuDNN waves + flash": "dense, split into whole waves",
+    "dense FA4 waves + flash": "dense, FA4, split into whole waves",
     "materialised": "MLA, materialised",
     "absorbed": "MLA, absorbed",
     "fused": "MLA, **fused**",
@@ -257,6 +259,8 @@ def attention_window(T: int, points: list[dict]) -> str:
     rows = []
     for name, label in ATTENTION.items():
         times = [ms(point, name) for point in shown]
+        if not any(times):                                 # FA4 was not installed
+            continue
         rows.append([label, *("" if time is None else f"{time:.3f}" for time in times)])
     rows.append(["fused / fastest dense", *(number(over_dense(point)) for point in shown)])
     return markdown([f"{T:,} keys, ms; L =", *(point["L"] for point in shown)], rows)

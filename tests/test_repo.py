@@ -33,7 +33,7 @@ from attention import crossing, route_flops
 from cache import RollingCache
 from engine.checkpoint import load_model, save_model
 from engine.judging import cache_line
-from experiments import paper, pictures, stamp, tables
+from experiments import bench, paper, pictures, stamp, tables
 from mla_video import PRESETS, VideoDiT, allowed
 from toy_data import Recall, Shapes
 
@@ -455,11 +455,25 @@ def numbers_of_results() -> dict[str, bool]:
     }
 
 
+def numbers_of_the_b200() -> dict[str, bool]:
+    """Public figures, in TFLOP/s."""
+    public = bench.B200
+    wan = PRESETS["wan1.3b"]
+    keys = wan.window * wan.tokens
+    return {
+        "1,670": public["cuDNN"] == 1.670e15,
+        "1,613": public["FA4, paper"] == 1.613e15,
+        "1,749": public["FA4, best"] == 1.749e15,
+        "85 %": public["memory taken"] == 0.85,
+        "32,760": keys == 32_760,
+    }
+
+
 def said() -> dict[str, bool]:
     """Every number that stands in the prose of both pages (single digits aside), and whether
     code and results say the same."""
     return {**names_and_versions(), **numbers_of_the_paper(), **numbers_of_the_toy(),
-            **numbers_over_seeds(), **numbers_of_results()}
+            **numbers_over_seeds(), **numbers_of_results(), **numbers_of_the_b200()}
 
 
 def numbers(text: str) -> set[str]:
