@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fused
 from engine import flash4
 from engine.expand import expand as expand_kernel
+from engine.finish import latent_values
 from attention import (attend_absorbed, attend_materialised, attend_reference,
                        crossing, route_flops)
 from rope3d import rotate
@@ -155,9 +156,17 @@ def _records(*tensors: Tensor) -> bool:
 
 def _by_kernel(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale) -> Tensor:
     """Attention over the latents, then W_UV: [B, L, H, V]."""
+    if FINISH == "kernel":
+        return latent_values(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, *q_table, *k_table, scale)
     latent = fused.latent_attention(q_nope, q_rope, c_kv, k_rope, W_UK,
                                     *q_table, *k_table, scale)         # [B, H, L, C]
     return torch.einsum("bhlc,hvc->blhv", latent, W_UV)
+
+
+# Who applies W_UV after our kernel: a product of its own, or the kernel that merges the splits
+# (engine/finish.py). `python -m experiments.bench --only short` times both.
+FINISHES = "product", "kernel"
+FINISH = "product"
 
 
 def _by_dense(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale,

@@ -32,19 +32,19 @@ ATTEND_TILES = [fused.Tile(64, 64, 4, 3, 2, True), fused.Tile(64, 64, 4, 2, 2, T
                 fused.Tile(128, 64, 8, 3, 1, True), fused.Tile(128, 128, 8, 2, 1, True)]
 SHORT = 16, 32, 64, 256                # query tokens
 PARTS = {"_prepare_kernel": "prepare", "_attend_kernel": "attend", "_merge_kernel": "merge"}
-SHOWN = "", "prepare", "attend", "merge", "W_UV"
+SHOWN = "", "W_UV by the kernel", "prepare", "attend", "merge", "W_UV"
 MIB = 2**20
 
 
-def by_way(name: str, call: Callable) -> Callable:
-    """`call` with this way to make K and V."""
+def by_way(name: str, call: Callable, choice: str = "UP") -> Callable:
+    """`call` with this way to make K and V, or another `choice` of engine/routes.py."""
     def changed(*args, **options):
-        before = routes.UP
-        routes.UP = name
+        before = getattr(routes, choice)
+        setattr(routes, choice, name)
         try:
             return call(*args, **options)
         finally:
-            routes.UP = before
+            setattr(routes, choice, before)
     return changed
 
 
@@ -132,11 +132,12 @@ class FastPath(Measure):
                 print(f"L={L}: {point['failed']}")
                 continue
             times = {"": point["ms"], **point["parts"]}
+            times["W_UV by the kernel"] = point["finishes"]["kernel"]["ms"]
             shown = [f"{1000 * times.get(name, 0):.1f}" for name in SHOWN]
             share = f"{point['percent_of_ceiling']:.0f}"
             lines.append([L, *shown, share, point["best_cut"]])
         self.table("few query tokens, T = 32760, microseconds (parts overlap)",
-                   ["L", "in all", *SHOWN[1:], "attend, % of ceiling",
+                   ["L", "in all", "with W_UV in the merge", *SHOWN[2:], "attend, % of ceiling",
                     "best cut (queries, keys, warps, stages)"], lines)
         return points
 
@@ -146,7 +147,12 @@ class FastPath(Measure):
         def whole(args):
             return routes.attend_fused(*args, cut=0)
 
-        row = self.timed([lambda args=args: whole(args) for args in sets])
+        recorded = {}
+        for finish in routes.FINISHES:
+            call = by_way(finish, whole, "FINISH")
+            recorded[finish] = self.recorded([functools.partial(call, args) for args in sets])
+        finishes = self.timed_in_turn(recorded)
+        row = finishes[routes.FINISH] | {"finishes": finishes}
         row["parts"] = self.parts(lambda: [whole(args) for args in sets], 3)
         s = self.sizes()
         useful = 2 * L * T * s["H"] * (2 * s["C"] + s["R"])

@@ -71,6 +71,12 @@ def interpreted():
         compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
         assert_close(attend(*args), want)
         assert_close(compiled(*args), want)
+    for routes.FINISH in routes.FINISHES:                    # both ways to apply W_UV
+        assert_close(routes.attend_fused(*args, cut=3), want)
+        torch.compiler.reset()
+        compiled = torch.compile(routes.attend_fused, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(*args), want)
+    routes.FINISH = "product"
     for routes.UP in routes.UPS:                             # every way to make K and V
         assert_close(routes.attend_fused(*args, cut=3), want)
         torch.compiler.reset()

@@ -49,7 +49,7 @@ LEARNING = ["flow", "objectives"]
 WORLDS = ["toy_data", "metrics"]
 ENGINE = ["engine", *(f"engine.{stem}" for stem in (
     "code", "command_line", "convert", "homogeneous", "locks", "progress", "quantised",
-    "flash4", "expand", "routes", "streaming", "switching", "parallel", "muon", "loader", "checkpoint",
+    "flash4", "expand", "finish", "routes", "streaming", "switching", "parallel", "muon", "loader", "checkpoint",
     "video_files", "terminal", "own_words", "prompts",
     "digit_metrics", "passages", "judging", "about", "layouts", "pixel_values", "framing",
     "clip_files", "clips", "starts", "trainer", "normal", "wan", "wan_video",
