@@ -16,6 +16,7 @@ Tests: tests/test_flash4.py.
 import functools
 import importlib
 import importlib.metadata
+import warnings
 
 import torch
 from torch import Tensor
@@ -29,8 +30,11 @@ def _imported():
     """(the function, None), or (None, why there is none). Asked once: it imports a compiler."""
     try:
         return importlib.import_module(MODULE).flash_attn_func, None
-    except ImportError as error:
-        return None, f"{PACKAGE} cannot be imported here ({error})"
+    except Exception as error:         # its compiler looks for a driver and for libraries
+        reason = f"{PACKAGE} cannot be imported here ({error})"
+        if version() is not None:      # it is there, and somebody wanted it
+            warnings.warn(f"{reason}; cuDNN attends in its place", stacklevel=2)
+        return None, reason
 
 
 def why_not(generation: int | None) -> str | None:

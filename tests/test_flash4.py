@@ -83,6 +83,15 @@ def test_without_the_package(monkeypatch):
         flash4.flash4(*inputs(), 1.0)
 
 
+def test_a_package_that_is_broken_is_named_aloud(monkeypatch):
+    """Installed, but its import fails: a warning, once, for the time would be another."""
+    install(flash4, None, monkeypatch)
+    monkeypatch.setattr(flash4, "version", lambda: "4.0.0b36")
+    with pytest.warns(UserWarning, match="flash-attn-4 cannot be imported here .*cuDNN attends"):
+        flash4.why_not(9)
+    assert "cannot be imported" in flash4.why_not(9)
+
+
 def test_which_cards(monkeypatch):
     install(flash4, monkeypatch=monkeypatch)
     assert flash4.why_not(9) is None
