@@ -170,13 +170,14 @@ class Curves:
 
     # -- all of them
 
+    def asked(self) -> list[Job]:
+        """All that the flags name."""
+        return [Job(way, seed) for way in self.args.stages for seed in self.args.seeds]
+
     def wanted(self) -> list[Job]:
         """The jobs that are asked for and not yet known, and what they need of others."""
-        jobs = []
-        for name in self.args.stages:
-            jobs += [Job(name, seed) for seed in self.args.seeds]
         wanted = []
-        for job in jobs:
+        for job in self.asked():
             if self.known(job):
                 continue
             self.add(job, wanted)
@@ -239,9 +240,8 @@ class Curves:
 
     def save(self) -> None:
         entries = sorted(self.found.values(), key=lambda entry: (entry["way"], entry["seed"]))
-        wanted = [Job(way, seed) for way in self.args.stages for seed in self.args.seeds]
         content = {**self.origin, "jobs": self.args.jobs,
-                   "whole": all(self.known(job) for job in wanted), "runs": entries}
+                   "whole": all(map(self.known, self.asked())), "runs": entries}
         text = json.dumps(content, indent=1)
         self.args.json.parent.mkdir(parents=True, exist_ok=True)
         part = self.args.json.with_suffix(".part")

@@ -306,12 +306,15 @@ class Tables(Curves):
         return self.args.results / f"paper_{table}.json"
 
     def read(self) -> None:
-        """What the files have of these rows."""
+        """What the files have of these rows. What was found by another plan is left out."""
         for table, rows in self.tables.items():
             if not self.path(table).exists():
                 continue
+            found = json.loads(self.path(table).read_text())
+            if any(found[name] != value for name, value in self.planned(rows).items()):
+                continue
             named = {row.name: row for row in rows}
-            for entry in json.loads(self.path(table).read_text())["rows"]:
+            for entry in found["rows"]:
                 if entry["row"] in named:
                     self.found[Job(named[entry["row"]], entry["seed"])] = entry
 
@@ -434,25 +437,16 @@ class Tables(Curves):
 
     # -- all of them
 
-    def wanted(self) -> list[Job]:
-        wanted = []
-        for seed in range(self.args.seeds):
-            for row in self.rows:
-                job = Job(row, seed)
-                if self.known(job):
-                    continue
-                self.add(job, wanted)
-                if job in self.trained:    # the file was lost, and the folder was not
-                    self.enter(job)
-        return wanted
+    def asked(self) -> list[Job]:
+        return [Job(row, seed) for seed in range(self.args.seeds) for row in self.rows]
 
     def known(self, job: Job) -> bool:
         return job in self.found
 
     def judged(self) -> tuple[int, int]:
         """Rows that are judged, and all, each with every seed."""
-        jobs = [Job(row, seed) for row in self.rows for seed in range(self.args.seeds)]
-        return sum(self.known(job) for job in jobs), len(jobs)
+        jobs = self.asked()
+        return sum(map(self.known, jobs)), len(jobs)
 
     def save(self) -> None:
         for table, rows in self.tables.items():
@@ -461,12 +455,16 @@ class Tables(Curves):
             if found:
                 self.write(table, found)
 
+    def planned(self, rows: list[Row]) -> dict:
+        """What a file says of the plan: rows of different ones are no table."""
+        return {"quick": self.args.quick, "E": self.plan.dim, "frames": self.plan.frames,
+                "steps": steps_of(rows)}
+
     def write(self, table: str, found: list[dict]) -> None:
         rows = self.tables[table]
         whole = len(found) == len(rows) * self.args.seeds
-        content = {**self.origin, "table": table, "quick": self.args.quick, "whole": whole,
-                   "E": self.plan.dim, "frames": self.plan.frames, "jobs": self.args.jobs,
-                   "steps": steps_of(rows), "rows": found}
+        content = {**self.origin, "table": table, "whole": whole, "jobs": self.args.jobs,
+                   **self.planned(rows), "rows": found}
         path = self.path(table)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")

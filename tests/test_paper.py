@@ -225,6 +225,14 @@ def test_a_table_trains_judges_writes_and_goes_on(tmp_path, monkeypatch, capsys)
     assert again.judged() == (6, 6) and not Fake.begun, "the file was lost, the folders were not"
 
 
+def test_rows_of_another_plan_are_no_part_of_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(normal, "subprocess", SimpleNamespace(Popen=Fake, STDOUT=-2))
+    a_table(tmp_path, "latent").work()
+    longer = replace(QUICK, dmd=QUICK.dmd + 1)
+    assert a_table(tmp_path, "latent").judged() == (6, 6)
+    assert a_table(tmp_path, "latent", longer).judged() == (0, 6)
+
+
 def test_all_tables_together_train_once_what_they_share(tmp_path, monkeypatch):
     monkeypatch.setattr(normal, "subprocess", SimpleNamespace(Popen=Fake, STDOUT=-2))
     monkeypatch.setattr(Fake, "begun", [])
