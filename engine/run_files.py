@@ -60,6 +60,7 @@ BEFORE = {"from_dense": None, "conversion": "data", "started": "", "rate": 1.0, 
 # attention of the real score, "" where there is none.
 ASKED = {**KEPT, "machine": str, "fingerprint": str, "started": str, "judge": str}
 JUDGE_KINDS = ("", "mla", "dense", "homogeneous")
+GIF_CLIPS = 10                            # the frames of sample.gif, in clips of the training
 # The dense models that a stage may start from, as MLA.
 DENSE = {"tf": ("score", "tf"), "cd": ("tf",), "dmd": ("cd", "tf")}
 
@@ -610,10 +611,10 @@ def loss_by_noise(trainer: Resumable, bins: int = 5) -> list[tuple[float, float,
 
 
 def write_sample(trainer: Resumable, path: Path) -> None:
-    """A GIF of four videos, ten times as long as a training clip."""
+    """A GIF of videos that are `GIF_CLIPS` times as long as a clip of the training."""
     captions = torch.stack([trainer.world.encode(prompt) for prompt in trainer.world.prompts])
     draws = Draws(torch.Generator().manual_seed(trainer.recipe.seed))
-    frames = 10 * trainer.model.config.frames
+    frames = GIF_CLIPS * trainer.model.config.frames
     gif = GifWriter(path)
     how = SAMPLERS[trainer.recipe.stage]
     made = rollout(Stream(trainer.ema, captions), frames, draws, **how)

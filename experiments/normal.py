@@ -35,6 +35,7 @@ from engine.command_line import (ROOT, UserError, check_bounds, default_device, 
 from engine.normal import FEWEST, kind_of_run, loss_at, range_of
 
 POINTS = 20                            # of a curve
+PAUSE = 0.2                            # seconds between looks at what runs
 # How train.py ends that was asked to stop: by itself, or before it could handle a signal.
 STOPPED = (0, 128 + signal.SIGTERM, -signal.SIGTERM)
 
@@ -210,7 +211,7 @@ class Curves:
                 for job in self.ready(waiting):
                     waiting.remove(job)
                     self.begin(job)
-                time.sleep(0.2)
+                time.sleep(PAUSE)
                 self.look()
                 if not self.running and not self.ready(waiting):
                     break

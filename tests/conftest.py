@@ -45,6 +45,13 @@ def pytest_report_header(config):
     return f"hypothesis: profile {PROFILE!r}, {examples} examples per property"
 
 
+@pytest.fixture(autouse=True)
+def short_gifs(monkeypatch):
+    """A training in a test ends with a GIF of one clip, not of ten: it would take longest."""
+    from engine import run_files
+    monkeypatch.setattr(run_files, "GIF_CLIPS", 1)
+
+
 @pytest.fixture(scope="session")
 def code():
     """The shipped modules. test_mutants.py calls the same tests with broken copies instead."""

@@ -619,12 +619,22 @@ PROGRAMS = [path for path in (ROOT / "experiments").glob("*.py")
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
-def test_an_experiment_starts_by_its_path_too(tmp_path, path):
-    command = [sys.executable, str(path), "--help"]
+def test_an_experiment_starts_by_its_path_too(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments/worlds.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
     assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_every_experiment_begins_like_that_one(path):
+    """Started by its path, it puts the repository on sys.path before it imports from it."""
+    text = path.read_text()
+    begins = "if not __package__:                    # started by its path\n    sys.path.insert(0, "
+    assert begins in text
+    before, after = text.split(begins)
+    ours = r"^(import|from) (engine|experiments|mla_video|flow|toy_data|metrics|train)\b"
+    assert not re.search(ours, before, re.MULTILINE)
 
 
 QUIET = """

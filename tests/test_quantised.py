@@ -397,8 +397,8 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
     from experiments.memory import FULL
     from mla_video import VideoDiT
     torch.manual_seed(0)
-    save_model(tmp_path / "recall.pt", VideoDiT(FULL.config_of("mla")), data="recall", stage="tf",
-               steps=1, seed=0)
+    small = replace(FULL.config_of("mla"), layers=1, ffn=32)
+    save_model(tmp_path / "recall.pt", VideoDiT(small), data="recall", stage="tf", steps=1, seed=0)
     path = tmp_path / "found.json"
     flags = [f"--checkpoint={ROOT / 'checkpoints/toy.pt'}", f"--recall={tmp_path / 'recall.pt'}",
              "--videos=2", "--seeds=1", "--frames=120", "--formats", "int8", "--device=cpu",

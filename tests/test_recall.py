@@ -187,8 +187,9 @@ def test_half_of_the_frames_are_half(clips):
     assert report(clips, black[:, :3]) == HALF
 
 
-def test_clips_too_short_for_the_curtain_are_said_to_be(tmp_path, capsys):
+def test_clips_too_short_for_the_curtain_are_said_to_be(tmp_path, monkeypatch, capsys):
     """They are trained on all the same: the subject is seldom seen again in them."""
+    monkeypatch.setattr(train, "report", lambda *rest: None)
     flags = ["--data=recall", "--device=cpu", "--steps=1", "--batch=1", "--evaluate=0"]
     for frames, said in ((12, True), (36, False)):
         train.main([*flags, f"--config=frames={frames}", f"--config=window={frames}",
