@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import math
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -74,7 +75,7 @@ def read_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
 def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """action(args) as a command line.
 
-    Who reads its output may stop to (`| head`): it ends without a word, as other programs do.
+    Its reader may stop early (`| head`); the program then ends without a word.
 
     What is `MENDABLE` is said in one line, exit code 2. What asks it to stop (`STOPS`) is no
     error: it raises a KeyboardInterrupt of the signal's number and, if there is more to say, a
@@ -89,7 +90,9 @@ def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
         try:
             action(args)
             sys.stdout.flush()                 # a reader's end shows here, and not at exit
-        except BrokenPipeError:                # `| head`: whoever read has enough
+        except BrokenPipeError:
+            if not reader_is_gone():           # but a worker's, say: that is a mistake
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + 13)                 # as if by SIGPIPE, which Windows has not
         except MENDABLE as error:
@@ -100,6 +103,16 @@ def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
             number, *words = stopped.args or (signal.SIGINT,)
             tell("\n" + "; ".join(["stopped", *words]))
             sys.exit(128 + number)
+
+
+def reader_is_gone() -> bool:
+    """Has whoever read this program's output enough of it (`| head`)? Its pipe then is at an
+    error, which a poll tells; where there is none (Windows), no other pipe is thought of."""
+    if not hasattr(select, "poll"):
+        return True
+    watch = select.poll()
+    watch.register(sys.stdout, 0)              # errors are told unasked
+    return bool(watch.poll(0))
 
 
 def tell(line: str) -> None:

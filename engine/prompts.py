@@ -61,7 +61,8 @@ def complete(schedule: dict[int, Tensor], data: str, seed: int) -> dict[int, Ten
     """The same, with all words: those that a first caption leaves out are drawn
     (`toy_data.fill_in`), video i's by (seed, i), and those that a later one leaves out stay. The
     null caption stays one. ValueError for a word that a model of the world `data` has never
-    seen."""
+    seen. (A model with words of its own is told captions as they are typed: which of its words
+    could take another's place is not known.)"""
     completed = {}
     now = None
     for frame, captions in sorted(schedule.items()):

@@ -44,6 +44,12 @@ from objectives import score_loss, teacher_forcing_loss
 from toy_data import CAPTION_SLOTS, WORDS, WORLDS
 
 OPTIMISERS = ("muon", "adamw")            # of matrices
+SHARES = ("final", "ema", "drop", "restart", "switch")     # of a recipe: at most 1
+ABOVE_0 = ("lr_muon", "lr_adamw", "clip", "spread", "critic", "shift", "every")
+# What not every stage has a use for.
+USED_BY = {"drop": ("score", "tf"), "spread": ("score", "tf"), "guidance": ("cd", "dmd"),
+           "critic": ("dmd",), "shift": ("dmd",), "every": ("dmd",), "restart": ("dmd",),
+           "switch": ("dmd",)}
 STAGES = ("score", *SAMPLERS)                              # a score model cannot stream
 STATE = {"config", "recipe", "asked", "step", "seconds", "learner", "critic", "frozen",
          "videos", "ema", "losses", "recent"}
@@ -136,21 +142,38 @@ def overrides(items: list[str], recipe) -> dict:
         if name not in kinds:
             raise UserError(f"--recipe takes NAME=VALUE with one of {', '.join(kinds)}; got "
                             f"{item!r}")
-        chosen[name] = recipe_value(item, text, kinds[name])
+        chosen[name] = recipe_value(item, name, text, kinds[name])
     return chosen
 
 
-def recipe_value(item: str, text: str, kind: type) -> float | int | str:
+def as_values(items: list[str]) -> dict[str, float | str]:
+    """{name: value} of --recipe, to be compared: guidance=3 is guidance=3.0."""
+    values = {}
+    for item in items:
+        name, _, text = str(item).partition("=")
+        values[name] = text
+        with contextlib.suppress(ValueError):
+            values[name] = float(text)
+    return values
+
+
+def recipe_value(item: str, name: str, text: str, kind: type) -> float | int | str:
     if kind is str:
         if text not in OPTIMISERS:
             raise UserError(f"--recipe {item!r}: there are {', '.join(OPTIMISERS)}")
         return text
+    number = "a whole number" if kind is int else "a number"
+    bounds = "above 0" if name in ABOVE_0 else "of 0 or more"
+    most = math.inf
+    if name in SHARES:
+        bounds = "from 0 to 1"
+        most = 1.0
     with contextlib.suppress(ValueError):
         value = kind(text)
-        if 0 <= value < math.inf:
+        good = 0 <= value <= most and value < math.inf
+        if good and (value > 0 or name not in ABOVE_0):
             return value
-    number = "a whole number" if kind is int else "a number"
-    raise UserError(f"--recipe {item!r} wants {number} of 0 or more")
+    raise UserError(f"--recipe {item!r} wants {number} {bounds}")
 
 
 def make_world(args: argparse.Namespace, config: Config):
@@ -167,6 +190,12 @@ def check_flags(args: argparse.Namespace, recipes: dict, world, config: Config) 
     if world.frames < world.whole:
         say(f"a clip of {world.frames} frames does not show all of {world.name}: "
             f"--config frames={world.whole} --config window={world.whole} does")
+    for item in args.recipe:
+        name, _, _ = item.partition("=")
+        users = USED_BY.get(name, tuple(recipes))
+        if not set(users).intersection(recipes):
+            raise UserError(f"--recipe {item}: stage {args.stage} has no use for it; "
+                            f"{' and '.join(users)} has")
     if args.shard and processes() == 1:
         raise UserError("--shard divides a model among several processes: start them with "
                         "torchrun --nproc_per_node=N train.py ...")
@@ -439,7 +468,7 @@ def check_resumable(path: Path, state: dict, args: argparse.Namespace, stages: l
     check_same(path, "--from-dense", asked["from_dense"], args.from_dense)
     check_same(path, "--conversion", asked["conversion"], args.conversion)
     check_same(path, "--rate", asked["rate"], args.rate)
-    check_same(path, "--recipe", asked["recipe"], args.recipe)
+    check_same(path, "--recipe", as_values(asked["recipe"]), as_values(args.recipe))
     if args.batch is not None:
         check_same(path, "batch", theirs["batch"], args.batch)
     # Which clips they are decides, and not what their file is called.

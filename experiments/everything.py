@@ -61,7 +61,7 @@ def training(attention: str, seed: int) -> Job:
 
 def world(data: str, minutes: float, *words: str, needs: str = "") -> Job:
     """A model of one of the other worlds. What they need of stages and sizes was found by trial:
-    dmd makes digits last, and comes out from behind the bar too early."""
+    dmd makes digits last, and a subject come out from behind the bar too early."""
     stage = "dmd" if "--stage all" in words else "tf"
     name = Path(data).stem
     out = f"out/worlds/{name}"
@@ -165,17 +165,19 @@ def why(job: Job) -> str:
 
 def reasons(jobs: list[Job], only: list[str]) -> dict[str, str]:
     """{name of a job that has to run: why}. Trainings run for others, or where they are named."""
+    by_name = {job.name: job for job in jobs}
+    ahead = []
+    for job in jobs:
+        if job.name in only or not (only or job.is_training()):
+            ahead.append(job)
     found = {}
-    for job in jobs:
-        if job.is_training() or (only and job.name not in only):
-            continue
-        if reason := why(job):
+    while ahead:
+        job = ahead.pop()
+        reason = why(job)
+        if reason and job.name not in found:
             found[job.name] = reason
-    needed = {name for job in jobs if job.name in found for name in job.needs.split()}
-    for job in jobs:
-        if job.is_training() and (job.name in needed or job.name in only):
-            if reason := why(job):
-                found[job.name] = reason
+            needed = [by_name[name] for name in job.needs.split()]
+            ahead += [other for other in needed if other.is_training()]
     return found
 
 
@@ -204,7 +206,8 @@ class Runner:
         waits = self.names & set(job.needs.split()) - self.done
         if waits or (not job.goes_on and job.minutes > self.left()):
             return None
-        cards = {"gpu": 1, "2 gpus": 2, "gpus": len(self.all_cards)}.get(job.where, 0)
+        every = max(1, len(self.all_cards))
+        cards = {"gpu": 1, "2 gpus": 2, "gpus": every}.get(job.where, 0)
         cores = {"2 cores": 2, "cpu": 2}.get(job.where, 0)
         free = sorted(set(self.cards))
         if len(free) < cards or len(self.cores) < cores:

@@ -32,6 +32,7 @@ if not __package__:                    # started by its path
 from engine.checkpoint import read_last_good
 from engine.command_line import (ROOT, UserError, check_bounds, default_device, pick_device,
                                  provenance, run)
+from engine.locks import lock
 from engine.normal import FEWEST, kind_of_run, loss_at, range_of
 
 POINTS = 20                            # of a curve
@@ -120,7 +121,7 @@ class Curves:
         way = WAYS[job.way]
         folder = self.folder(job)
         words = [sys.executable, "train.py", "--stage", way.stage, "--seed", str(job.seed),
-                 "--device", self.args.device, "--evaluate", "0", "--out", str(folder)]
+                 "--device", self.device.type, "--evaluate", "0", "--out", str(folder)]
         if (folder / "train.pt").exists():
             words.append("--resume")
         elif way.start:
@@ -142,7 +143,10 @@ class Curves:
         print(f"{job.way}, seed {job.seed}: begun", flush=True)
 
     def emptiest_card(self) -> int:
-        """The GPU with the fewest runs."""
+        """The GPU with the fewest runs: of all, or the one that --device names."""
+        _, _, named = self.args.device.partition(":")
+        if named:
+            return int(named)
         taken = list(self.cards.values())
         return min(range(torch.cuda.device_count()), key=taken.count)
 
@@ -201,6 +205,10 @@ class Curves:
 
     def work(self) -> None:
         """Until all is done, or the time is over."""
+        with lock(self.args.runs):
+            self.work_alone()
+
+    def work_alone(self) -> None:
         waiting = self.wanted()
         print(f"{len(waiting)} runs to make", flush=True)
         try:
@@ -217,7 +225,6 @@ class Curves:
                     break
         finally:
             self.stop()
-            self.save()
 
     def ready(self, waiting: list[Job]) -> list[Job]:
         """Jobs that can begin now."""
@@ -241,8 +248,9 @@ class Curves:
 
     def save(self) -> None:
         entries = sorted(self.found.values(), key=lambda entry: (entry["way"], entry["seed"]))
-        content = {**self.origin, "jobs": self.args.jobs,
-                   "whole": all(map(self.known, self.asked())), "runs": entries}
+        ways = {job.way for job in self.found}.union(self.args.stages)
+        whole = all(self.known(Job(way, seed)) for way in ways for seed in self.args.seeds)
+        content = {**self.origin, "jobs": self.args.jobs, "whole": whole, "runs": entries}
         text = json.dumps(content, indent=1)
         self.args.json.parent.mkdir(parents=True, exist_ok=True)
         part = self.args.json.with_suffix(".part")

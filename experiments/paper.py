@@ -1,6 +1,6 @@
 """The paper's choices, table by table: what each is worth in quality over a minute of video.
 
-    python -m experiments.paper latent --jobs 6 --minutes 9        trains, judges, and writes
+    python -m experiments.paper latent --jobs 6 --minutes 9    trains, judges, and writes
                                                results/paper_latent.json; again: goes on
     python -m experiments.paper all --jobs 24 --minutes 9      all five, on several GPUs
     python -m experiments.paper split --quick --seeds 1        a tiny model, minutes on a CPU
@@ -9,32 +9,39 @@
     split    N content and R position channels of heads of 64, on the preset small (table 5b)
     start    how MLA begins that a dense model becomes: cut by the weights with the mean of the
              heads' rope keys, cut by its inputs with the better key (engine/convert.py), or
-             with attention at random; after few steps and many, at two rates of learning
-    window   1 sink frame and 6 more, which the chunk joins (10 see each other) or is among (7),
-             against the whole clip; times counted anew from the clip's length on, from the
-             window's, or never
-    recipe   stage dmd with the paper's critic rate (0.2 of the generator's), guidance (3) and
+             with attention at random; after few steps and many, at three rates of learning
+    window   1 sink frame and 6 more against the whole clip. The 7 stand before the chunk, whose
+             3 frames so see 10, or the chunk is among them. Times are counted anew from the
+             clip's length on, from the window's, or never: since attention knows only how far
+             apart two frames are, what this changes is how far away the sink seems
+    recipe   stage dmd with the paper's critic rate (0.2 of the generator's), guidance and
              optimiser (AdamW, 0 and 0.999), one at a time and together. Its shift, 5, is ours
              here: that row has 3, the shift of stage tf
 
-Models of the first, third, fourth and fifth begin as the paper's do: a dense model of whole
-clips (`score`, in the place of Wan) becomes MLA by train.py --from-dense and goes through tf,
-cd and dmd, where the same dense model is the real score. Recipes are the GPU's with fewer steps
-(`Plan`). Those of `split` are of stage tf alone, from scratch. In `window` dmd makes new videos
-at every step (restart 1), since the paper's training never leaves the clip.
+Recipes are the GPU's with fewer steps (`Plan`). The models of `latent`, `window` and `recipe`
+begin as the paper's do: a dense model of whole clips (`score`, in the place of Wan) becomes MLA
+by train.py --from-dense and goes through tf, cd and dmd, where the same dense model is the real
+score. Those of `start` come from a dense model after tf, and are trained by tf alone; those of
+`split` by tf alone, too, and from scratch. In `window` dmd makes new videos at every step
+(restart 1), since the paper's training never leaves the clip.
 
 A run is a process of train.py, a judging one of this program. Both are dealt out to the GPUs
-there are, in folders of --runs that tables share, and are resumed if --minutes, Ctrl-C or
-SIGTERM broke them off; the JSON is written whenever a row is judged. Each model makes videos of
-960 frames for captions of clips that it has not seen, judged by experiments/quality.py: `early`
-are means over the first 120 frames, `late` over the last. (Models of stage tf, which have 12
-passes a chunk instead of 4, make 120 in all, but for those of `split`.) `place` is the share of
-frames of a last chunk, made after a true past, with the subject within a pixel of its true
-place. `loss` is of teacher forcing, on unseen clips. experiments/paper_verdicts.py has the
-rules.
+there are. They lie in folders of --runs which tables share, and whose names end in a hash of
+all that decides what is found: flags, what a run takes from others, code. So nothing of another
+plan is ever taken for one of this. What --minutes, Ctrl-C or SIGTERM broke off is gone on with;
+the JSON is written whenever a row is judged, and each row says which commit judged it.
+
+Each model makes videos of 960 frames for captions of clips that it has not seen, judged by
+experiments/quality.py: `early` has means over the first 120 frames, `late` over the last 120.
+(Models of stage tf, which have 12 passes a chunk instead of 4, make 120 in all, but for those
+of `split`.) `place` is the share of frames of a last chunk, made after a true past, with the
+subject within a pixel of its true place. `loss` is of teacher forcing, on unseen clips.
+experiments/paper_verdicts.py has the rules.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import math
 import shlex
@@ -52,21 +59,25 @@ if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from engine.checkpoint import load_model, save_model
+from engine.code import code_hash
 from engine.command_line import (ROOT, UserError, check_bounds, default_device, pick_device,
                                  provenance, run)
-from engine.convert import CLIPS, MLA_ALONE, convert, moments_of_weights
+from engine.convert import MLA_ALONE, convert, moments_of_weights
 from engine.trainer import fast_products
 from experiments.convert import by_the_mean, narrow, random_start
 from experiments.normal import STOPPED, Curves
-from experiments.quality import curves, draws_on
+from experiments.quality import STRETCH, curves, draws_on
+from experiments.verdicts import STUDENT
 from flow import SAMPLERS, Stream, rollout
 from metrics import alive, centroid
 from mla_video import VideoDiT
 from objectives import teacher_forcing_loss
 from toy_data import make_world
+from train import ON_GPU
 
 UNSEEN = 10_000                        # seeds from here on are of clips that no training draws
-ENDS = 10                              # stretches of 12 frames of which `early` and `late` are
+ENDS = 10                              # stretches of 12 frames, of `early` and of `late`
+MOST_SEEDS = max(STUDENT)              # verdicts are of no more
 NEVER = 2**20                          # a horizon that no video reaches
 Sizes = tuple[tuple[str, int], ...]    # names and values of --config
 
@@ -83,7 +94,7 @@ class Way(NamedTuple):
     dense: "Way | None" = None         # whose weights become MLA
     score: "Way | None" = None         # the real score
     made: str = ""                     # how: "" as train.py does, "mean", "random"
-    words: tuple[str, ...] = ()        # more flags
+    flags: tuple[str, ...] = ()        # the others
 
     def __str__(self) -> str:
         return self.name
@@ -101,7 +112,7 @@ class Model(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Of a table: its name, what it differs in, its models."""
+    """A row of a table: its name, what sets it apart, its models."""
     table: str
     name: str
     facts: tuple[tuple[str, float | str], ...]
@@ -127,53 +138,55 @@ class Job(NamedTuple):
 class Plan:
     """How much of everything."""
     dim: int                           # E
-    words: tuple[str, ...]             # flags of all trainings
+    flags: tuple[str, ...]             # of all trainings but those of `split`
     score: int                         # steps of the stages
     tf: int
     cd: int
     dmd: int
     split: int                         # steps of a model of `split`
-    split_words: tuple[str, ...]
+    split_flags: tuple[str, ...]
     short: int                         # steps after which starts are judged
     long: int
-    videos: int
+    videos: int                        # that a model is judged by
     split_videos: int
-    frames: int
+    frames: int                        # of each
 
 
-# A fifth to a half of the steps of the GPU's recipe: the table of `latent` has 18 chains of three
-# stages, and a step takes 15 ms on an H100 however many runs share it.
+# A fifth to a half of the steps of the GPU's recipe: the table of `latent` has 18 chains of
+# three stages, and a step takes 15 ms on an H100 however many runs share it. 256 videos, since
+# with 64 chance alone moves a share by 0.06, and 0.10 decides.
 FULL = Plan(128, (), score=6000, tf=4000, cd=800, dmd=600, split=2000,
-            split_words=("--preset=small", "--batch=16"), short=300, long=1500, videos=64,
-            split_videos=32, frames=960)
+            split_flags=("--preset=small", "--batch=16"), short=300, long=1500, videos=256,
+            split_videos=128, frames=960)
 TINY = ("--config=layers=2", "--config=ffn=128", "--batch=4", "--save-every=1000")
 QUICK = Plan(64, (*TINY, "--config=dim=64", "--config=heads=2", "--config=query_latent=32"),
              score=20, tf=20, cd=6, dmd=6, split=20,
-             split_words=(*TINY, "--config=dim=128", "--config=heads=2"), short=4, long=20,
+             split_flags=(*TINY, "--config=dim=128", "--config=heads=2"), short=4, long=20,
              videos=4, split_videos=4, frames=36)
 
 
-def chain(name: str, plan: Plan, sizes: Sizes, words: tuple[str, ...] = ()) -> list[Way]:
-    """The ways tf, cd and dmd of MLA with these sizes, from the dense score model; `words` are
-    flags of dmd."""
-    judge = score(plan)
-    tf = Way(f"{name}/tf", "tf", plan.tf, sizes, dense=judge)
-    cd = Way(f"{name}/cd", "cd", plan.cd, sizes, start=tf)
-    dmd = Way(f"{name}/dmd", "dmd", plan.dmd, sizes, start=cd, score=judge, words=words)
+def chain(name: str, plan: Plan, sizes: Sizes, flags: tuple[str, ...] = ()) -> list[Way]:
+    """The ways tf, cd and dmd of MLA with these sizes, from the dense score model; `flags` are
+    more of dmd."""
+    real = dense_score(plan)
+    tf = Way(f"{name}/tf", "tf", plan.tf, sizes, dense=real, flags=plan.flags)
+    cd = Way(f"{name}/cd", "cd", plan.cd, sizes, start=tf, flags=plan.flags)
+    dmd = Way(f"{name}/dmd", "dmd", plan.dmd, sizes, start=cd, score=real,
+              flags=plan.flags + flags)
     return [tf, cd, dmd]
 
 
-def score(plan: Plan) -> Way:
-    return Way("dense/score", "score", plan.score, words=("--attention=dense",))
+def dense_score(plan: Plan) -> Way:
+    """What stands in the place of Wan: it begins all chains, and judges in dmd."""
+    return Way("dense/score", "score", plan.score, flags=(*plan.flags, "--attention=dense"))
 
 
 def dense_chain(plan: Plan) -> list[Way]:
     """The same stages with dense attention."""
-    judge = score(plan)
-    dense = ("--attention=dense",)
-    tf = Way("dense/tf", "tf", plan.tf, start=judge, words=dense)
-    cd = Way("dense/cd", "cd", plan.cd, start=tf, words=dense)
-    dmd = Way("dense/dmd", "dmd", plan.dmd, start=cd, score=judge, words=dense)
+    real = dense_score(plan)
+    tf = Way("dense/tf", "tf", plan.tf, start=real, flags=real.flags)
+    cd = Way("dense/cd", "cd", plan.cd, start=tf, flags=real.flags)
+    dmd = Way("dense/dmd", "dmd", plan.dmd, start=cd, score=real, flags=real.flags)
     return [tf, cd, dmd]
 
 
@@ -210,14 +223,14 @@ SPLITS = (8, 16, 32, 48)               # R; the paper's 16, 32, 64, 96 of heads 
 def split(plan: Plan) -> list[Row]:
     rows = []
     for R in SPLITS:
-        way = Way(f"split/R{R}", "tf", plan.split, (("rope", R),), words=plan.split_words)
+        way = Way(f"split/R{R}", "tf", plan.split, (("rope", R),), flags=plan.split_flags)
         facts = (("N", HEAD - R), ("R", R))
         rows.append(Row("split", f"{HEAD - R}/{R}", facts, (Model("tf", way),)))
     return rows
 
 
 STARTS = {"mean": "by weights, mean key", "": "by inputs, better key", "random": "random"}
-RATES = (0.3, 1.0)
+RATES = (0.3, 1.0, 3.0)
 
 
 def start(plan: Plan) -> list[Row]:
@@ -231,7 +244,7 @@ def start(plan: Plan) -> list[Row]:
             for rate in RATES:
                 folder = f"start/{made or 'factors'}_{rate:g}_{steps}"
                 way = Way(folder, "tf", steps, sizes, dense=dense, made=made,
-                          words=(f"--rate={rate:g}",))
+                          flags=(*plan.flags, f"--rate={rate:g}"))
                 facts = (("start", name), ("rate", rate), ("steps", steps))
                 row = f"{name}, rate {rate:g}, {length}"
                 rows.append(Row("start", row, facts, by_stage([way])))
@@ -248,7 +261,7 @@ AT_NEW = ("--recipe=restart=1",)       # dmd: at every step videos begin
 def window(plan: Plan) -> list[Row]:
     C = ("latent", plan.dim // 8)
     tf, cd, dmd = paper_chain(plan)
-    young = dmd._replace(name="window/whole/dmd", words=AT_NEW)
+    young = dmd._replace(name="window/whole/dmd", flags=dmd.flags + AT_NEW)
     facts = (("window", 12), ("sink", 0), ("horizon", "clip"))
     rows = [Row("window", "whole clip", facts, by_stage([cd, young]))]
     for name, (frames, sink) in WINDOWS.items():
@@ -264,25 +277,29 @@ def window(plan: Plan) -> list[Row]:
     return rows
 
 
+# Guidance w is uncond + w (cond - uncond) here, and cond + w (cond - uncond) in Self-Forcing's
+# code: its 3, if the paper means that, is our 4. At one rate an update of AdamW is about 5 times
+# as large as Muon's (whose root mean square is made 0.2), so its matrices get a fifth.
+ADAMW = ("optimiser=adamw", f"lr_muon={ON_GPU['dmd']['lr_muon'] / 5:g}")
 RECIPES = {
     "ours": (),
     "critic 0.2": ("critic=0.2",),
     "guidance 3": ("guidance=3",),
-    "AdamW": ("optimiser=adamw",),
+    "guidance 4 (3 in Self-Forcing's code)": ("guidance=4",),
+    "AdamW": ADAMW,
     "shift 3": ("shift=3",),
-    "all of the paper's": ("critic=0.2", "guidance=3", "optimiser=adamw"),
+    "all three, guidance 3": ("critic=0.2", "guidance=3", *ADAMW),
 }
 
 
 def recipe(plan: Plan) -> list[Row]:
     *_, ours = paper_chain(plan)
     rows = []
-    for name, values in RECIPES.items():
+    for number, (name, values) in enumerate(RECIPES.items()):
         way = ours
         if values:
-            words = tuple(f"--recipe={value}" for value in values)
-            folder = name.replace(" ", "_").replace("'", "")
-            way = ours._replace(name=f"recipe/{folder}", words=words)
+            flags = tuple(f"--recipe={value}" for value in values)
+            way = ours._replace(name=f"recipe/{number}", flags=ours.flags + flags)
         rows.append(Row("recipe", name, (), (Model("dmd", way),)))
     return rows
 
@@ -300,41 +317,63 @@ class Tables(Curves):
         self.tables = {name: TABLES[name](plan) for name in tables}
         self.rows = sum(self.tables.values(), [])
         self.plan = plan
+        self.keys = {}
         super().__init__(args)
 
     def path(self, table: str) -> Path:
         return self.args.results / f"paper_{table}.json"
 
     def read(self) -> None:
-        """What the files have of these rows. What was found by another plan is left out."""
+        """What the files have of these rows, by this plan and this code."""
         for table, rows in self.tables.items():
             if not self.path(table).exists():
                 continue
-            found = json.loads(self.path(table).read_text())
-            if any(found[name] != value for name, value in self.planned(rows).items()):
-                continue
-            named = {row.name: row for row in rows}
-            for entry in found["rows"]:
-                if entry["row"] in named:
-                    self.found[Job(named[entry["row"]], entry["seed"])] = entry
+            keys = {self.key(row): row for row in rows}
+            for entry in json.loads(self.path(table).read_text())["rows"]:
+                if entry["key"] in keys:
+                    self.found[Job(keys[entry["key"]], entry["seed"])] = entry
 
     # -- one job
+
+    def key(self, way: Way | Row) -> str:
+        """A hash of all that decides what a training or a judging finds, but for its seed."""
+        if way not in self.keys:
+            takes = [self.key(other) for other in way.needs()]
+            if isinstance(way, Row):
+                decides = [code_of("experiments/paper.py"), way.table, way.name,
+                           *self.judging_flags(way)]
+            else:
+                roles = [bool(other) for other in (way.start, way.dense, way.score)]
+                decides = [code_of("train.py"), *self.training_flags(way), way.made, roles]
+            text = repr([self.device.type, takes, decides])
+            self.keys[way] = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return self.keys[way]
 
     def folder(self, job: Job) -> Path:
         name = job.way.name
         if isinstance(job.way, Row):
             name = f"judged/{job.way.table}/{name.replace('/', '_')}"
-        return self.args.runs / self.device.type / name / f"seed_{job.seed}"
+        folder = f"seed_{job.seed}_{self.key(job.way)}"
+        return self.args.runs / self.device.type / name / folder
 
     def look_for_weights(self, job: Job) -> None:
         """Is it done? A training that ended has a report, one that was stopped has none."""
+        report = self.report(job)
+        if not report.exists():
+            return
+        found = json.loads(report.read_text())
         if isinstance(job.way, Row):
-            done = (self.folder(job) / "judged.json").exists()
+            done = len(found["models"]) == len(job.way.models)
         else:
-            report = self.folder(job) / f"report_{job.way.stage}.json"
-            done = report.exists() and json.loads(report.read_text())["steps"] >= job.way.steps
+            done = found["steps"] >= job.way.steps
         if done:
             self.trained.add(job)
+
+    def report(self, job: Job) -> Path:
+        """The file that a job writes at its end."""
+        if isinstance(job.way, Row):
+            return self.folder(job) / "judged.json"
+        return self.folder(job) / f"report_{job.way.stage}.json"
 
     def weights(self, job: Job) -> Path:
         return self.folder(job) / f"{job.way.stage}.pt"
@@ -342,20 +381,18 @@ class Tables(Curves):
     def command(self, job: Job) -> list[str]:
         if isinstance(job.way, Row):
             return self.judging(job)
-        way = job.way
         folder = self.folder(job)
-        words = [sys.executable, "train.py", f"--stage={way.stage}", f"--steps={way.steps}",
-                 f"--seed={job.seed}", f"--device={self.args.device}", "--evaluate=0",
-                 f"--out={folder}"]
-        if "split" not in way.name:
-            words += self.plan.words
-        words += [f"--config={name}={value}" for name, value in way.sizes]
-        words += way.words
+        words = [sys.executable, "train.py", *self.training_flags(job.way),
+                 f"--seed={job.seed}", f"--device={self.device.type}", f"--out={folder}"]
         if (folder / "train.pt").exists():
-            words.append("--resume")
-        else:
-            words += self.begins_from(job)
-        return words + shlex.split(self.args.flags)
+            return [*words, "--resume"]
+        return words + self.begins_from(job)
+
+    def training_flags(self, way: Way) -> list[str]:
+        """Those that are the same for every seed, and name no folder."""
+        words = [f"--stage={way.stage}", f"--steps={way.steps}", "--evaluate=0"]
+        words += [f"--config={name}={value}" for name, value in way.sizes]
+        return [*words, *way.flags, *shlex.split(self.args.flags)]
 
     def begins_from(self, job: Job) -> list[str]:
         """The flags that name what a way takes from others."""
@@ -397,16 +434,22 @@ class Tables(Curves):
         return path
 
     def judging(self, job: Job) -> list[str]:
-        videos = self.plan.videos
-        if job.way.table == "split":
-            videos = self.plan.split_videos
         words = [sys.executable, "-m", "experiments.paper", "judge", f"--seed={job.seed}",
-                 f"--device={self.args.device}", f"--videos={videos}",
-                 f"--out={self.folder(job) / 'judged.json'}"]
+                 f"--device={self.device.type}", f"--out={self.report(job)}",
+                 *self.judging_flags(job.way)]
         for model in job.way.models:
-            path = self.weights(Job(model.way, job.seed))
+            words += ["--weights", model.label, str(self.weights(Job(model.way, job.seed)))]
+        return words
+
+    def judging_flags(self, row: Row) -> list[str]:
+        """Those that are the same for every seed, and name no folder."""
+        videos = self.plan.videos
+        if row.table == "split":
+            videos = self.plan.split_videos
+        words = [f"--videos={videos}"]
+        for model in row.models:
             frames = min(self.plan.frames, model.frames or self.plan.frames)
-            words += ["--model", model.label, str(path), str(model.horizon), str(frames)]
+            words += ["--model", model.label, str(model.horizon), str(frames)]
         return words
 
     def end(self, job: Job) -> None:
@@ -425,15 +468,14 @@ class Tables(Curves):
         """Keep what a judging found."""
         if not isinstance(job.way, Row):
             return
-        found = json.loads((self.folder(job) / "judged.json").read_text())
+        found = json.loads(self.report(job).read_text())
         trained = {}
         for model in job.way.models:
-            report = self.folder(Job(model.way, job.seed)) / f"report_{model.way.stage}.json"
-            trained[model.label] = json.loads(report.read_text())["training_seconds"]
-        self.found[job] = {"row": job.way.name, "seed": job.seed, **dict(job.way.facts),
-                           "training_seconds": trained, **found,
-                           "commit": self.origin["commit"]}
-        self.save()
+            report = json.loads(self.report(Job(model.way, job.seed)).read_text())
+            trained[model.label] = report["training_seconds"]
+        self.found[job] = {"row": job.way.name, "seed": job.seed, "key": self.key(job.way),
+                           **dict(job.way.facts), "training_seconds": trained, **found}
+        self.write(job.way.table)
 
     # -- all of them
 
@@ -448,28 +490,26 @@ class Tables(Curves):
         jobs = self.asked()
         return sum(map(self.known, jobs)), len(jobs)
 
-    def save(self) -> None:
-        for table, rows in self.tables.items():
-            jobs = [Job(row, seed) for row in rows for seed in range(self.args.seeds)]
-            found = [self.found[job] for job in jobs if self.known(job)]
-            if found:
-                self.write(table, found)
-
-    def planned(self, rows: list[Row]) -> dict:
-        """What a file says of the plan: rows of different ones are no table."""
-        return {"quick": self.args.quick, "E": self.plan.dim, "frames": self.plan.frames,
-                "steps": steps_of(rows)}
-
-    def write(self, table: str, found: list[dict]) -> None:
+    def write(self, table: str) -> None:
+        """The file of a table: all rows that are known, of whatever seeds, and the command that
+        found the last of them."""
         rows = self.tables[table]
-        whole = len(found) == len(rows) * self.args.seeds
-        content = {**self.origin, "table": table, "whole": whole, "jobs": self.args.jobs,
-                   **self.planned(rows), "rows": found}
+        jobs = [Job(row, seed) for row in rows for seed in range(MOST_SEEDS)]
+        found = [self.found[job] for job in jobs if self.known(job)]
+        seeds = max(self.args.seeds, *(1 + entry["seed"] for entry in found))
+        content = {**self.origin, "table": table, "whole": len(found) == len(rows) * seeds,
+                   "quick": self.args.quick, "jobs": self.args.jobs, "E": self.plan.dim,
+                   "frames": self.plan.frames, "steps": steps_of(rows), "rows": found}
         path = self.path(table)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(content, indent=1) + "\n")
         part.replace(path)                 # a kill in the middle loses nothing
+
+
+@functools.cache
+def code_of(program: str) -> str:
+    return code_hash(ROOT / program)
 
 
 def steps_of(rows: list[Row]) -> dict[str, list[int]]:
@@ -542,32 +582,57 @@ def judge_model(path: Path, horizon: int, frames: int, args: argparse.Namespace,
 
 
 def judge(args: argparse.Namespace) -> None:
-    """The models that --model names, one after the other; all or nothing is written."""
+    """The models that --model names, one after the other. What --out has of a call that was
+    stopped is not judged again."""
     check_bounds(args, videos=(2, 2**16), seed=(0, 10**6))
+    weights = dict(args.weights)
     device = pick_device(args.device)
-    begun = time.perf_counter()
-    models = {}
-    with fast_products():
-        for label, path, *numbers in args.model:
-            horizon, frames = map(int, numbers)
-            models[label] = judge_model(Path(path), horizon, frames, args, device)
-            late = models[label]["late"]
-            print(f"{label}: place {models[label]['place']}, late {late}", flush=True)
-            torch.compiler.reset()
-    seconds = round(time.perf_counter() - begun, 1)
-    part = args.out.with_suffix(".part")
-    part.write_text(json.dumps({"models": models, "judging_seconds": seconds}))
-    part.replace(args.out)
+    found = {"models": {}, "judging_seconds": 0.0, **provenance(device)}
+    del found["command"], found["code"]    # those of the table say it
+    if args.out.exists():
+        found = json.loads(args.out.read_text())
+    for label, *numbers in args.model:
+        if label in found["models"]:
+            continue
+        if label not in weights:
+            raise UserError(f"--model {label} needs its file: --weights {label} PATH")
+        horizon, frames = read_numbers(label, numbers)
+        begun = time.perf_counter()
+        with fast_products():
+            model = judge_model(Path(weights[label]), horizon, frames, args, device)
+        found["models"][label] = model
+        seconds = found["judging_seconds"] + time.perf_counter() - begun
+        found["judging_seconds"] = round(seconds, 1)
+        part = args.out.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(args.out)
+        print(f"{label}: place {model['place']}, late {model['late']}", flush=True)
+        torch.compiler.reset()
+
+
+def read_numbers(label: str, numbers: list[str]) -> tuple[int, int]:
+    """(horizon, frames) of --model; UserError for what is neither."""
+    if not all(number.isdigit() for number in numbers):
+        raise UserError(f"--model {label} takes two whole numbers, a horizon (0: the model's "
+                        f"own) and frames; got {' '.join(numbers)}")
+    horizon, frames = map(int, numbers)
+    if frames < STRETCH:
+        raise UserError(f"--model {label}: {frames} frames are too few, {STRETCH} are judged "
+                        "together")
+    return horizon, frames
 
 
 # ---- the command line ------------------------------------------------------------------------
 
 def measure(args: argparse.Namespace) -> None:
-    check_bounds(args, jobs=(1, 256), threads=(1, 256), minutes=(0.01, 10**6), seeds=(1, 1000))
+    check_bounds(args, jobs=(1, 256), threads=(1, 256), minutes=(0.01, 10**6),
+                 seeds=(1, MOST_SEEDS))
     plan = QUICK if args.quick else FULL
     folder = Path("out/paper_quick") if args.quick else Path("out/paper")
     args.runs = args.runs or folder
     args.results = args.results or (args.runs if args.quick else Path("results"))
+    if args.quick and args.results.resolve() == ROOT / "results":
+        raise UserError("--quick makes tables of tiny models: give another --results")
     tables = list(TABLES) if args.table == "all" else [args.table]
     work = Tables(args, tables, plan)
     work.work()
@@ -588,10 +653,11 @@ def main(argv: list[str] | None = None) -> None:
     part = parts.add_parser("judge", help="one row: what a table does for each")
     part.set_defaults(action=judge)
     add = part.add_argument
-    add("--model", action="append", nargs=4, required=True,
-        metavar=("LABEL", "PATH", "HORIZON", "FRAMES"))
+    add("--model", action="append", nargs=3, required=True,
+        metavar=("LABEL", "HORIZON", "FRAMES"), help="horizon 0 is the model's own")
+    add("--weights", action="append", nargs=2, required=True, metavar=("LABEL", "PATH"))
     add("--seed", type=int, default=0)
-    add("--videos", type=int, default=64)
+    add("--videos", type=int, default=256)
     add("--device", default=default_device())
     add("--out", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -602,7 +668,7 @@ def add_table(part: argparse.ArgumentParser) -> None:
     part.set_defaults(action=measure)
     add = part.add_argument
     add("--quick", action="store_true", help="tiny models, few steps, short videos")
-    add("--seeds", type=int, default=3)
+    add("--seeds", type=int, default=3, help=f"at most {MOST_SEEDS}")
     add("--device", default=default_device())
     add("--jobs", type=int, default=1, help="processes at once")
     add("--threads", type=int, default=1, help="of each")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from statistics import mean
 from typing import NamedTuple
 
-from experiments.paper_verdicts import CLAIMS, judge
+from experiments.paper_verdicts import CLAIMS, judge, seeds_of
 
 
 class Column(NamedTuple):
@@ -46,11 +46,12 @@ COLUMNS = {
     "recipe": (*LATE, Column("speed / true", "dmd", ("late", "speed")),
                Column("distance of speeds", "dmd", ("late", "speeds"))),
 }
-# Its tables 5a and 5b: VBench's Total of one run each, at its C of E = 1536 and its N/R of 128.
+# Its tables 5a and 5b: VBench's total score at its C of E = 1536 and its N/R of 128. It names
+# neither seeds nor a spread.
 PAPER = {
-    "latent": "The paper's Total of VBench, one run each: 78.30 at C = 64 (E/24), 83.24 at "
+    "latent": "The paper's total score of VBench: 78.30 at C = 64 (E/24), 83.24 at "
               "128, 83.66 at 256, 83.40 at 512 (E/3).",
-    "split": "The paper's Total of VBench, one run each, R of 128: 76.47 at 16, 83.89 at 32, "
+    "split": "The paper's total score of VBench, R of 128: 76.47 at 16, 83.89 at 32, "
              "80.83 at 64, 78.31 at 96.",
 }
 FIRST = {"latent": "C", "split": "N/R", "start": "start", "window": "window and times",
@@ -58,7 +59,7 @@ FIRST = {"latent": "C", "split": "N/R", "start": "start", "window": "window and 
 
 
 def command(table: str) -> str:
-    return f"python -m experiments.paper {table}"
+    return f"python -m experiments.paper {table} --jobs 6"
 
 
 def read(entry: dict, column: Column) -> float | None:
@@ -70,17 +71,20 @@ def read(entry: dict, column: Column) -> float | None:
 
 
 def cell(entries: list[dict], column: Column) -> str:
-    """Mean [least, most] of the seeds."""
+    """Mean [least, most] of the seeds; of how many, where some had nothing to be judged."""
     values = [read(entry, column) for entry in entries]
-    if None in values:
+    there = [value for value in values if value is not None]
+    if not there:
         return "-"
     show = column.show.format
-    middle = show(mean(values)).replace("%", " %")
-    least = show(min(values)).removesuffix("%")
-    most = show(max(values)).removesuffix("%")
-    if least == most:
-        return middle
-    return f"{middle} [{least}, {most}]"
+    said = show(mean(there)).replace("%", " %")
+    least = show(min(there)).removesuffix("%")
+    most = show(max(there)).removesuffix("%")
+    if least != most:
+        said += f" [{least}, {most}]"
+    if len(there) < len(values):
+        said += f", {len(there)} of {len(values)} seeds"
+    return said
 
 
 def head_and_rows(found: dict) -> tuple[list[str], list[list[str]]]:
@@ -100,12 +104,13 @@ def head_and_rows(found: dict) -> tuple[list[str], list[list[str]]]:
 
 def conditions(found: dict) -> str:
     """Seeds, steps, and what the paper has."""
-    seeds = len({entry["seed"] for entry in found["rows"]})
+    seeds = len(seeds_of(found))
     steps = []
     for stage, numbers in sorted(found["steps"].items()):
         steps.append(f"`{stage}` {' or '.join(f'{number:,}' for number in numbers)}")
-    said = (f"Mean [least, most] of {seeds} seeds, E = {found['E']}, {found['frames']} frames; "
-            f"steps: {', '.join(steps)}.")
+    part = "" if found["whole"] else "**In part.** "
+    said = (f"{part}Mean [least, most] of {seeds} seeds, E = {found['E']}, "
+            f"{found['frames']} frames; steps: {', '.join(steps)}.")
     return f"{said} {PAPER.get(found['table'], '')}".strip()
 
 
@@ -136,7 +141,7 @@ def verdicts(found: dict[str, dict], markdown: Callable) -> str:
                      deciding(verdict), verdict["control"] or "-"])
     head = ["claim", "verdict", "rule", "the numbers that decide", "beside it"]
     waiting = len(CLAIMS) - len(rows)
-    said = "Brackets are 95 % intervals over seeds."
+    said = "Brackets are 95 % intervals over seeds, of the last two the least and the most."
     if waiting:
         said += f" {waiting} of {len(CLAIMS)} claims wait for their tables."
     return f"{markdown(head, rows)}\n\n{said}"

@@ -31,8 +31,10 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high): Student's 95 % interval of the mean over seeds. With 3 seeds it is 2.5
-    standard deviations to either side."""
+    standard deviations to either side. nan, if one of them is."""
     middle = mean(values)
+    if math.isnan(middle):
+        return math.nan, math.nan, math.nan
     half = STUDENT[len(values)] * stdev(values) / len(values) ** 0.5
     return middle, middle - half, middle + half
 
@@ -48,24 +50,33 @@ def slope(x: list[float], y: list[float]) -> float:
     return products / squares
 
 
+def extent(values: list[float]) -> tuple[float, float, float]:
+    """(mean, least, most) of values that are all there are, and no sample of more."""
+    return mean(values), min(values), max(values)
+
+
 def decide(conditions: dict[str, list[float]], low: float = -math.inf, high: float = math.inf,
-           needs: dict[str, bool] | None = None) -> dict:
+           needs: dict[str, bool] | None = None, strict: bool = False,
+           bracket: Callable = interval) -> dict:
     """The one decision rule. Each condition is a list of values over seeds; the claim says that
-    all lie in [low, high].
+    all lie in [low, high], `strict`: between the two, so that nothing but zeros is not "> 0".
 
     reproduced      the interval of every condition lies inside
     not reproduced  that of at least one lies outside, wholly
     cannot be told  anything else; or a need is not met, that is, the measurement could not have
                     come out otherwise
     """
-    found = {name: interval(values) for name, values in conditions.items()}
+    found = {name: bracket(values) for name, values in conditions.items()}
     inside = True
     outside = False
     for _, bottom, top in found.values():
-        if bottom < low or top > high:
-            inside = False
-        if top < low or bottom > high:
-            outside = True
+        beyond = top < low or bottom > high
+        within = low <= bottom and top <= high             # nan is neither
+        if strict:
+            beyond = top <= low or bottom >= high
+            within = low < bottom and top < high
+        inside = inside and within
+        outside = outside or beyond
     unmet = [need for need, met in (needs or {}).items() if not met]
 
     if unmet:
@@ -91,13 +102,16 @@ class Claim:
     low: float = -math.inf
     high: float = math.inf
     needs: dict[str, bool] = field(default_factory=dict)
+    strict: bool = False                                   # the bounds themselves are outside
+    bracket: Callable = interval
     noise: float | None = None                             # the value that noise would have
     control: str = ""
 
     def verdict(self) -> dict:
         """As results/spectrum.json holds it. "noise": does noise pass the rule? None: nobody
         asked."""
-        decided = decide(self.conditions, self.low, self.high, self.needs)
+        decided = decide(self.conditions, self.low, self.high, self.needs, self.strict,
+                         self.bracket)
         passes = None
         if self.noise is not None:
             passes = self.low <= self.noise <= self.high

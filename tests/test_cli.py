@@ -5,6 +5,7 @@ mistake in the program itself, such as a student makes in the model, gives a tra
 
 import json
 import os
+import re
 import pickle
 import subprocess
 import sys
@@ -336,6 +337,17 @@ def test_a_reader_who_has_enough_is_no_error(model_file):
     os.close(writing)
     assert done.stderr == ""
     assert done.returncode == 128 + 13
+
+
+def test_another_pipe_that_breaks_is_a_mistake():
+    """That of a worker or a film's encoder: no reader had enough."""
+    program = """if 1:
+        from engine.command_line import run
+        def action(args):
+            raise BrokenPipeError("the encoder is gone")
+        run(action, None)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "the encoder is gone" in done.stderr
 
 
 def captions_heard(monkeypatch, model_file: Path, prompts: list[str], frames: int) -> list:

@@ -45,6 +45,10 @@ def test_a_training_runs_for_those_who_need_it(root):
     assert set(reasons([train, user], [])) == {"train", "user"}
     assert not reasons([train], [])
     assert set(reasons([train, user], ["train"])) == {"train"}
+    data = Job("data", "python good.py", "out/d.npz", "", "cpu", 1)
+    train = train._replace(needs="data")
+    assert set(reasons([data, train, user], ["train"])) == {"data", "train"}
+    assert set(reasons([data, train, user], [])) == {"data", "train", "user"}
 
 
 def test_one_that_fails_is_named_and_the_others_go_on(root):
@@ -52,10 +56,11 @@ def test_one_that_fails_is_named_and_the_others_go_on(root):
     after = Job("after", "python good.py", "after.json", "bad", "cpu", 0.1)
     good = Job("good", "python good.py", "good.json", "", "cpu", 0.1)
     long = Job("long", "python good.py", "long.json", "", "cpu", 99)
+    cards = Job("cards", "python good.py", "cards.json", "", "gpus", 0.1)
     args = argparse.Namespace(gpus=0, per_gpu=1, minutes=0.5)
-    runner = Runner([bad, after, good, long], args)
+    runner = Runner([bad, after, good, long, cards], args)
     runner.work()
     assert runner.failed == ["bad: it is broken"]
     assert runner.done == {"good"}
-    assert runner.waiting == [after, long]
+    assert runner.waiting == [after, long, cards], "where no GPU is, what takes all of them waits"
     assert (root / "good.json").exists()

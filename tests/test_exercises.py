@@ -98,6 +98,7 @@ def assert_reaches_a_hole(path: Path, name: str, error: Exception | None) -> Non
         f"{path.name}, {name}: fails in {last.name}, which is not a hole"
 
 
+@pytest.mark.rest
 def test_what_is_not_begun_ends_in_one_line_for_each_hole():
     """Its tests fail, and so does the run; but pages of traceback would say no more.
 

@@ -1,6 +1,7 @@
 """The paper's choices (experiments/paper.py): which runs a table makes and by which commands, how
 it goes on, what one judging finds; and that every verdict can come out three ways."""
 
+import contextlib
 import copy
 import json
 from argparse import Namespace
@@ -44,7 +45,7 @@ def test_equal_folders_are_equal_trainings(plan):
             waiting += way.needs()
             assert ways.setdefault(way.name, way) == way
     names = [row.name for table in TABLES.values() for row in table(plan)]
-    assert len(ways) > 30 and len(names) == 6 + 4 + 12 + 8 + 6
+    assert len(ways) > 30 and len(names) == 6 + 4 + 18 + 8 + 7
 
 
 def test_a_quick_table_has_the_rows_of_the_full_one():
@@ -65,10 +66,10 @@ def test_the_papers_values_are_among_the_rows():
     assert {0, 7, 10, paper.NEVER} == set(horizons)
     for way in (model.way for row in paper.recipe(FULL) for model in row.models):
         assert way.start.name == "C16/cd", "all begin alike"
-        overrides([word.removeprefix("--recipe=") for word in way.words], Recipe())
-    together = paper.recipe(FULL)[-1].models[0].way.words
+        overrides([word.removeprefix("--recipe=") for word in way.flags], Recipe())
+    together = paper.recipe(FULL)[-1].models[0].way.flags
     assert overrides([word.removeprefix("--recipe=") for word in together], Recipe()) == \
-        {"critic": 0.2, "guidance": 3.0, "optimiser": "adamw"}
+        {"critic": 0.2, "guidance": 3.0, "optimiser": "adamw", "lr_muon": 8e-6}
 
 
 # ---- the commands ----------------------------------------------------------------------------
@@ -80,6 +81,16 @@ def a_table(tmp_path, name: str, plan=QUICK, **given) -> Tables:
     return Tables(args, list(TABLES) if name == "all" else [name], plan)
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """In the place of processes: the commands that were begun."""
+    monkeypatch.setattr(normal, "subprocess", SimpleNamespace(Popen=Fake, STDOUT=-2))
+    monkeypatch.setattr(normal, "PAUSE", 0.0)
+    monkeypatch.setattr(Tables, "begins_from", lambda *_: [])
+    monkeypatch.setattr(Fake, "begun", [])
+    return Fake.begun
+
+
 def words_of(work: Tables, way) -> list[str]:
     return work.command(Job(way, 0))
 
@@ -87,20 +98,21 @@ def words_of(work: Tables, way) -> list[str]:
 def test_a_chain_is_built_from_one_dense_model(tmp_path):
     work = a_table(tmp_path, "latent", FULL, flags="--compile")
     tf, cd, dmd = paper.paper_chain(FULL)
-    judge = tmp_path / "cpu/dense/score/seed_0/score.pt"
+    judge = work.weights(Job(paper.dense_score(FULL), 0))
+    assert str(judge).startswith(f"{tmp_path}/cpu/dense/score/seed_0_")
     words = words_of(work, tf)
     assert words[1:4] == ["train.py", "--stage=tf", f"--steps={FULL.tf}"]
     assert f"--from-dense={judge}" in words and "--config=latent=16" in words
-    assert words[-1] == "--compile"
-    assert f"--start={tmp_path}/cpu/C16/tf/seed_0/tf.pt" in words_of(work, cd)
+    assert "--compile" in words
+    assert f"--start={work.weights(Job(tf, 0))}" in words_of(work, cd)
     words = words_of(work, dmd)
-    assert f"--start={tmp_path}/cpu/C16/cd/seed_0/cd.pt" in words
+    assert f"--start={work.weights(Job(cd, 0))}" in words
     assert f"--score={judge}" in words, "the dense model judges MLA"
-    folder = tmp_path / "cpu/C16/dmd/seed_0"
+    folder = work.folder(Job(dmd, 0))
     folder.mkdir(parents=True)
     (folder / "train.pt").touch()
     words = words_of(work, dmd)
-    assert words[-2] == "--resume" and not any(word.startswith("--start") for word in words)
+    assert words[-1] == "--resume" and not any(word.startswith("--start") for word in words)
     assert [job.way.name for job in Job(dmd, 0).needs()] == ["C16/cd", "dense/score"]
 
 
@@ -122,29 +134,31 @@ def test_every_command_is_one_that_train_py_takes(tmp_path, monkeypatch):
 
 @pytest.fixture
 def dense_file(tmp_path):
-    """Like a dense model that a table has trained, in the folder where the table looks."""
+    return a_dense_file(tmp_path / "dense/tf.pt", "tf")
+
+
+def a_dense_file(path: Path, stage: str) -> Path:
+    """Like a dense model that a table has trained."""
     torch.manual_seed(0)
     config = replace(CONFIG, attention="dense")
     model = VideoDiT(config)
     with torch.no_grad():
         model.head.weight.normal_(std=0.1)
     fingerprint = open_world("shapes", 12, 16, 0, None, False).fingerprint
-    for stage in ("score", "tf"):
-        path = tmp_path / f"cpu/dense/{stage}/seed_0/{stage}.pt"
-        save_model(path, model, data="shapes", fingerprint=fingerprint, stage=stage, steps=0,
-                   seed=0)
+    save_model(path, model, data="shapes", fingerprint=fingerprint, stage=stage, steps=0, seed=0)
     return path
 
 
-@pytest.mark.parametrize("table, row", [("window", 1), ("start", 0), ("start", 4)])
-def test_what_is_made_for_a_run_starts_it(tmp_path, dense_file, monkeypatch, table, row):
+@pytest.mark.parametrize("table, row", [("window", 1), ("start", 0), ("start", 6)])
+def test_what_is_made_for_a_run_starts_it(tmp_path, monkeypatch, table, row):
     """Dense weights with the window of the run; starts with the mean key, and at random."""
     monkeypatch.setattr(train, "report", lambda *rest: None)
-    plan = replace(QUICK, dim=32, words=tuple(FLAGS), tf=1, short=1)
+    plan = replace(QUICK, dim=32, flags=tuple(FLAGS), tf=1, short=1)
     work = a_table(tmp_path, table, plan)
     way = work.rows[row].models[0].way
     if table == "window":
         way = way.start                                    # tf; what is judged first is cd
+    dense_file = a_dense_file(work.weights(Job(way.dense, 0)), way.dense.stage)
     words = words_of(work, way)
     train.main(words[2:])
     folder = work.folder(Job(way, 0))
@@ -180,7 +194,7 @@ class Fake:
             for place, word in enumerate(words):
                 if word == "--model":
                     models[words[place + 1]] = found_of(0.5)
-            out.write_text(json.dumps({"models": models, "judging_seconds": 1.0}))
+            out.write_text(json.dumps({"models": models, "commit": "abc", "device": "a card"}))
             return
         named = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
         report = {"steps": int(named["steps"]), "training_seconds": 2.0}
@@ -197,59 +211,89 @@ def found_of(share: float) -> dict:
             "bytes_per_token": 96, "cache_bytes": 960, "seconds_per_chunk": 0.01}
 
 
-def test_a_table_trains_judges_writes_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(normal, "subprocess", SimpleNamespace(Popen=Fake, STDOUT=-2))
-    monkeypatch.setattr(Fake, "begun", [])
+def test_a_table_trains_judges_writes_and_goes_on(tmp_path, processes):
     work = a_table(tmp_path, "latent")
     work.work()
     assert work.judged() == (6, 6)
-    assert len(Fake.begun) == 1 + 6 * 3 + 6, "the judge once, three stages a row, six judgings"
+    assert len(processes) == 1 + 6 * 3 + 6, "the judge once, three stages a row, six judgings"
     found = json.loads(work.path("latent").read_text())
     assert [entry["row"] for entry in found["rows"]] == [row.name for row in work.rows]
     assert found["rows"][0]["training_seconds"] == {"tf": 2.0, "cd": 2.0, "dmd": 2.0}
+    assert found["rows"][0]["commit"] == "abc", "of the judging, whoever wrote the file last"
     assert found["steps"] == {"score": [20], "tf": [20], "cd": [6], "dmd": [6]}
     head, rows = paper_tables.head_and_rows(found)
     assert len(rows) == 6 and all(len(row) == len(head) for row in rows)
 
-    Fake.begun.clear()
+    processes.clear()
+    written = work.path("latent").stat().st_mtime_ns
     a_table(tmp_path, "latent").work()
-    assert not Fake.begun, "all is known"
+    assert not processes, "all is known"
+    assert work.path("latent").stat().st_mtime_ns == written, "nothing new, no new stamp"
     work = a_table(tmp_path, "recipe")
     work.work()
-    assert work.judged() == (6, 6)
-    assert len(Fake.begun) == 5 + 6, "ours is the row E / 8 of the other table"
+    assert work.judged() == (7, 7)
+    assert len(processes) == 6 + 7, "ours is the row E / 8 of the other table"
     work.path("recipe").unlink()
-    Fake.begun.clear()
+    processes.clear()
     again = a_table(tmp_path, "recipe")
     again.work()
-    assert again.judged() == (6, 6) and not Fake.begun, "the file was lost, the folders were not"
+    assert again.judged() == (7, 7) and not processes, "the file was lost, the folders were not"
 
 
-def test_rows_of_another_plan_are_no_part_of_a_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(normal, "subprocess", SimpleNamespace(Popen=Fake, STDOUT=-2))
+@pytest.mark.parametrize("change, trained", [
+    ({"dmd": QUICK.dmd + 1}, 6), ({"videos": 8}, 0), ({"flags": (*QUICK.flags, "--batch=8")}, 19),
+])
+def test_nothing_of_another_plan_is_taken(tmp_path, processes, change, trained):
+    """Neither from the files nor from the folders, and no more is done again than must be."""
     a_table(tmp_path, "latent").work()
-    longer = replace(QUICK, dmd=QUICK.dmd + 1)
+    processes.clear()
+    other = replace(QUICK, **change)
     assert a_table(tmp_path, "latent").judged() == (6, 6)
-    assert a_table(tmp_path, "latent", longer).judged() == (0, 6)
+    assert a_table(tmp_path, "latent", other).judged() == (0, 6)
+    work = a_table(tmp_path, "latent", other)
+    work.work()
+    assert work.judged() == (6, 6)
+    assert sum("train.py" in words for words in processes) == trained
+    assert len(processes) == trained + 6
 
 
-def test_all_tables_together_train_once_what_they_share(tmp_path, monkeypatch):
-    monkeypatch.setattr(normal, "subprocess", SimpleNamespace(Popen=Fake, STDOUT=-2))
-    monkeypatch.setattr(Fake, "begun", [])
-    monkeypatch.setattr(Tables, "begins_from", lambda *_: [])
+def test_rows_of_other_code_are_judged_again(tmp_path, processes, monkeypatch):
+    a_table(tmp_path, "latent").work()
+    monkeypatch.setattr(paper, "code_of", lambda program: f"new {program.count('experiments')}")
+    assert a_table(tmp_path, "latent").judged() == (0, 6)
+
+
+def test_fewer_seeds_lose_no_rows(tmp_path, processes):
+    a_table(tmp_path, "split", seeds=2).work()
+    assert len(processes) == 2 * (4 + 4)
+    a_table(tmp_path, "split", seeds=1).work()
+    work = a_table(tmp_path, "split", seeds=3, jobs=1, minutes=0)
+    work.work()
+    found = json.loads(work.path("split").read_text())
+    assert found["whole"] and len(found["rows"]) == 8, "the third seed has not begun"
+    work = a_table(tmp_path, "split", seeds=1)
+    work.path("split").write_text(json.dumps({**found, "rows": found["rows"][:5]}))
+    work = a_table(tmp_path, "split", seeds=1)
+    work.work()
+    found = json.loads(work.path("split").read_text())
+    assert len(found["rows"]) == 5 + 1, "of the first seed a row was lacking"
+    assert {entry["seed"] for entry in found["rows"]} == {0, 1}
+
+
+def test_all_tables_together_train_once_what_they_share(tmp_path, processes):
     work = a_table(tmp_path, "all")
     work.work()
     rows = sum(len(table(QUICK)) for table in TABLES.values())
     assert work.judged() == (rows, rows)
-    folders = [next(word for word in words if word.startswith("--out=")) for words in Fake.begun]
+    folders = [next(word for word in words if word.startswith("--out=")) for words in processes]
     assert len(folders) == len(set(folders)), "no training is made twice"
     for table in TABLES:
         found = json.loads(work.path(table).read_text())
         assert found["whole"] and len(found["rows"]) == len(TABLES[table](QUICK))
-        Fake.begun.clear()
+        processes.clear()
         alone = a_table(tmp_path, table)
         alone.work()
-        assert alone.judged() == (len(alone.rows), len(alone.rows)) and not Fake.begun
+        assert alone.judged() == (len(alone.rows), len(alone.rows)) and not processes
 
 
 def test_a_run_that_was_stopped_is_not_done(tmp_path):
@@ -263,11 +307,23 @@ def test_a_run_that_was_stopped_is_not_done(tmp_path):
     (folder / "report_tf.json").write_text(json.dumps({"steps": way.steps}))
     work.look_for_weights(Job(way, 0))
     assert Job(way, 0) in work.trained
+    row = Job(work.rows[0], 0)
+    work.folder(row).mkdir(parents=True)
+    for labels, done in ((["tf", "cd"], False), (["tf", "cd", "dmd"], True)):
+        work.report(row).write_text(json.dumps({"models": dict.fromkeys(labels)}))
+        work.look_for_weights(row)
+        assert (row in work.trained) == done, "a judging that was stopped has some of its models"
 
 
 # ---- one judging -----------------------------------------------------------------------------
 
-def test_one_judging_is_whole(tmp_path, dense_file):
+def once():
+    """Something like fast_products that can be entered once."""
+    left = [contextlib.nullcontext()]
+    return lambda: left.pop()
+
+
+def test_one_judging_is_whole(tmp_path, monkeypatch):
     """Every number of a table is in its file, and a horizon of 7 is not one that never comes."""
     torch.manual_seed(1)
     model = VideoDiT(replace(CONFIG, window=7, sink=1))
@@ -277,13 +333,35 @@ def test_one_judging_is_whole(tmp_path, dense_file):
     path = tmp_path / "tf.pt"
     save_model(path, model, data="shapes", stage="tf", steps=0, seed=0)
     out = tmp_path / "judged.json"
-    paper.main(["judge", "--model", "a", str(path), "0", "24",
-                "--model", "b", str(path), "7", "24", "--videos=2", "--device=cpu", f"--out={out}"])
+    flags = ["judge", "--weights", "a", str(path), "--weights", "b", str(path), "--videos=2",
+             "--device=cpu", f"--out={out}"]
+    paper.main([*flags, "--model", "a", "0", "24"])
+    first = json.loads(out.read_text())["models"]["a"]
+    monkeypatch.setattr(paper, "fast_products", once())
+    paper.main([*flags, "--model", "a", "0", "24", "--model", "b", "7", "24"])
     models = json.loads(out.read_text())["models"]
+    assert models["a"] == first, "what was there is not judged again"
     assert set(models) == {"a", "b"} and models["a"]["loss"] == models["b"]["loss"]
     assert models["a"]["bytes_per_token"] == 4 * (4 + 6)
     for column in sum(paper_tables.COLUMNS.values(), ()):
         assert column.path[-1] in (*models["a"], *models["a"]["late"])
+
+
+@pytest.mark.parametrize("model, says", [
+    (["a", "0", "11"], "11 frames are too few"), (["a", "none", "24"], "two whole numbers"),
+    (["b", "0", "24"], "--weights b PATH"),
+])
+def test_a_judging_that_cannot_be_is_refused(tmp_path, capsys, model, says):
+    with pytest.raises(SystemExit):
+        paper.main(["judge", "--weights", "a", "a.pt", "--model", *model, "--device=cpu",
+                    f"--out={tmp_path / 'judged.json'}"])
+    assert says in capsys.readouterr().err
+
+
+def test_quick_tables_are_no_results(capsys):
+    with pytest.raises(SystemExit):
+        paper.main(["latent", "--quick", "--results=results"])
+    assert "tiny models" in capsys.readouterr().err
 
 
 def test_means_leave_out_what_was_not_there():
@@ -295,26 +373,33 @@ def test_means_leave_out_what_was_not_there():
 
 @pytest.mark.parametrize("item, says", [
     ("warmth=3", "warmup"), ("guidance", "a number"), ("guidance=nan", "a number"),
-    ("every=1.5", "a whole number"), ("optimiser=sgd", "muon, adamw"), ("critic=-1", "0 or more"),
-    ("steps=3", "lr_muon"),
+    ("every=1.5", "a whole number"), ("optimiser=sgd", "muon, adamw"), ("critic=-1", "above 0"),
+    ("steps=3", "lr_muon"), ("ema=2", "from 0 to 1"), ("every=0", "above 0"), ("shift=0", "above 0"),
+    ("warmup=-1", "0 or more"), ("lr_adamw=inf", "above 0"),
 ])
 def test_a_recipe_is_changed_by_values_that_it_has(item, says):
     with pytest.raises(UserError, match=says):
         overrides([item], Recipe())
 
 
+def test_what_a_stage_has_no_use_for_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*FLAGS, "--stage=tf", "--recipe=shift=3", f"--out={tmp_path}", "--steps=1"])
+    assert "stage tf has no use for it; dmd has" in capsys.readouterr().err
+
+
 def test_a_dense_score_judges_mla_and_the_run_goes_on(tmp_path, dense_file, monkeypatch, capsys):
     """Its config is not that of the model; a train.pt that is older than both choices goes on as
     what it was."""
     monkeypatch.setattr(train, "report", lambda *rest: None)
-    score = tmp_path / "cpu/dense/score/seed_0/score.pt"
+    score = a_dense_file(tmp_path / "dense/score.pt", "score")
     train.main([*FLAGS, "--from-dense", str(dense_file), "--steps=1", f"--out={tmp_path}/tf"])
     run = [*FLAGS, "--stage=dmd", f"--start={tmp_path}/tf/tf.pt", f"--score={score}",
            "--recipe=restart=1", "--recipe=shift=3"]
     for name, steps in (("whole", 2), ("parts", 1)):
         train.main([*run, f"--steps={steps}", f"--out={tmp_path}/{name}"])
     resumed = ["--resume", f"--out={tmp_path}/parts", "--device=cpu", "--steps=2"]
-    train.main(resumed)
+    train.main([*resumed, "--recipe=shift=3.0", "--recipe=restart=1"])
     state = read_checkpoint(tmp_path / "parts/train.pt", set())
     assert state["asked"]["judge"] == "dense" and state["recipe"]["shift"] == 3.0
     assert any("W_K.weight" in name for name in state["critic"]["model"])
@@ -370,7 +455,7 @@ def a_world() -> dict:
                 entries.append({"row": row.name, "seed": seed, **dict(row.facts),
                                 "models": models})
         found[table] = {"table": table, "rows": entries, "E": 128, "frames": 960,
-                        "steps": {"tf": [6000]}}
+                        "whole": True, "steps": {"tf": [6000]}}
     for row, model, path, value in GOOD["latent"]:
         put(found["latent"], row, model, path, value)
     for table in ("split", "start", "window", "recipe"):
@@ -387,7 +472,7 @@ def a_world() -> dict:
 
 SCORE = "late match"
 GOOD = {
-    "latent": [("E/", "dmd", SCORE, 0.85), ("dense", "dmd", SCORE, 0.86),
+    "latent": [("E/32", "tf", "place", 0.1), ("E/", "dmd", SCORE, 0.85), ("dense", "dmd", SCORE, 0.86),
                ("E/32", "dmd", SCORE, 0.4), ("E/8", "cd", SCORE, 0.5),
                ("E/32", "tf", "loss", 0.6), ("E/8", "tf", "loss", 0.5)],
     "split": [("48/16", "tf", SCORE, 0.8), ("32/32", "tf", SCORE, 0.7), ("16/48", "tf", SCORE, 0.6),
@@ -406,6 +491,7 @@ GOOD = {
 # What makes each claim false: (table, row, model, path, value).
 BAD = {
     "an_eighth_is_enough": [("latent", "E/8", "dmd", SCORE, 0.6)],
+    "an_eighth_keeps_the_place": [("latent", "E/8", "tf", "place", 0.2)],
     "more_adds_little": [("latent", "E/2", "dmd", SCORE, 0.98)],
     "more_adds_little_to_the_loss": [("latent", "E/2", "tf", "loss", 0.4)],
     "too_narrow_loses": [("latent", "E/32", "dmd", SCORE, 0.84)],
@@ -428,7 +514,8 @@ BAD = {
     "either_horizon": [("window", "1 + 6 with the chunk, clip", "dmd", SCORE, 0.6)],
     "old_videos_help": [("window", "whole clip, old", "dmd", SCORE, 0.82)],
     "its_critic": [("recipe", "critic", "dmd", SCORE, 0.6)],
-    "its_guidance": [("recipe", "guidance", "dmd", SCORE, 0.6)],
+    "its_guidance": [("recipe", "guidance 3", "dmd", SCORE, 0.6)],
+    "its_guidance_in_code": [("recipe", "guidance 4", "dmd", SCORE, 0.6)],
     "its_optimiser": [("recipe", "AdamW", "dmd", SCORE, 0.6)],
     "its_recipe": [("recipe", "all", "dmd", SCORE, 0.6)],
     "its_shift": [("recipe", "ours", "dmd", SCORE, 0.7)],
@@ -484,11 +571,29 @@ def test_a_need_that_is_not_met_decides():
     assert judged["more_adds_little"] == OPEN, "no room for more"
     assert judged["its_critic"] == OPEN, "the stage itself changes nothing"
     found = a_world()
-    put(found["latent"], "E/8", "dmd", "late residual", 0.0)
+    for row in ("dense", "E/8", "E/32"):
+        put(found["latent"], row, "dmd", SCORE, 0.0)
+    assert outcomes(found)["an_eighth_is_enough"] == OPEN, "nothing is there to be as good as"
+    assert outcomes(found)["too_narrow_loses"] == OPEN
+    found = a_world()
+    put(found["start"], "random, rate 3, long", "tf", "loss", 0.1)
+    assert outcomes(found)["a_cut_is_no_better"] == OPEN, "it may be better still at a higher rate"
+    found = a_world()
+    put(found["latent"], "E/8", "dmd", "late speed", 0.1)
+    assert outcomes(found)["as_smooth_as_dense"] == OPEN, "what stands still is smooth"
+    found = a_world()
     for entry in found["latent"]["rows"]:
         if entry["row"] == "E/8":
             entry["models"]["dmd"]["late"]["residual"] = None
     assert outcomes(found)["as_smooth_as_dense"] == OPEN, "nobody was there to be judged"
+
+
+def test_no_difference_is_no_lead():
+    """Zeros in every seed: "> 0" is false of them."""
+    found = a_world()
+    for row in ("48/16", "32/32"):
+        put(found["split"], row, "tf", SCORE, 0.8, spread=0.0)
+    assert outcomes(found)["a_quarter_is_best"] == REFUTED
 
 
 def test_what_is_not_measured_yet_is_left_out():
@@ -510,7 +615,7 @@ def test_every_table_is_shown(monkeypatch):
         assert text.count("\n|") == len(TABLES[table](FULL)) + 1
         assert f"paper_{table}.json" in text
     monkeypatch.setattr(tables, "paper_found", dict)
-    assert "Not measured yet: `python -m experiments.paper latent`" in tables.paper_latent()
+    assert "Not measured yet: `python -m experiments.paper latent --jobs 6`" in tables.paper_latent()
 
 
 def test_a_run_is_given_one_of_the_cards_that_it_may_use(monkeypatch):

@@ -152,6 +152,7 @@ def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path):
                 f"{name} differs after a resume: some state was not restored"
 
 
+@pytest.mark.rest
 def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
     command = [sys.executable, "train.py", *SMALL, "--batch=4", "--steps=100000",
                "--device=cpu", f"--out={tmp_path}"]
