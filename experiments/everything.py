@@ -9,7 +9,7 @@ that what it needs was made anew is not looked at. A training that others need r
 of them does, and goes on from the train.pt that it finds. What a job prints is in
 out/everything/NAME.log. After --minutes what can go on later is sent SIGTERM, which makes it
 save; no other job is begun that would not end in time, so `quality`, `memory` and `bench`
-need longer than 9 minutes (bench in two calls: see its head). Not here yet: toy.pt with its JSON and GIF, and the CPU trainings.
+need longer than 9 minutes (bench in two calls: see its head).
 """
 
 import argparse
@@ -60,8 +60,8 @@ def training(attention: str, seed: int) -> Job:
 
 
 def world(data: str, minutes: float, *words: str, needs: str = "") -> Job:
-    """A model of one of the other worlds. What they need of stages and sizes was found by trial:
-    dmd makes digits last, and a subject come out from behind the bar too early."""
+    """A model of one of the other worlds. What they need of stages and sizes was found by
+    trial: dmd makes digits last, and a subject come out from behind the bar too early."""
     stage = "dmd" if "--stage all" in words else "tf"
     name = Path(data).stem
     out = f"out/worlds/{name}"
@@ -123,6 +123,12 @@ JOBS = [
     Job("convert_toy", X + "convert --dense out/quality/dense_0/tf.pt out/quality/dense_1/tf.pt "
         "out/quality/dense_2/tf.pt --steps 0 --json results/convert_toy.json",
         "results/convert_toy.json", "train_dense_0 train_dense_1 train_dense_2", "cpu", 5),
+    Job("toy", X + "ship toy out/quality/mla_0",
+        "results/toy.json results/toy.gif checkpoints/toy.pt", "train_mla_0", "cpu", 1),
+    Job("ship_cpu", X + "ship cpu", "results/train_mla_cpu.json results/stages_cpu.json", "",
+        "2 cores", 45, goes_on=True),
+    Job("normal_cpu", X + "normal curves --device cpu --stages tf --jobs 1 --threads 2",
+        "results/normal_cpu.json", "", "2 cores", 45, goes_on=True),
     Job("failures", X + "failures", "results/failures.json results/failures.png", "", "cpu", 2),
     Job("worlds", X + f"worlds checkpoints/toy.pt {MODELS} --clips {PAIRS} --layout NTHW "
         "--frames 960", "results/worlds.json", " ".join(job.name for job in WORLDS), "gpu", 4),
@@ -164,7 +170,8 @@ def why(job: Job) -> str:
 
 
 def reasons(jobs: list[Job], only: list[str]) -> dict[str, str]:
-    """{name of a job that has to run: why}. Trainings run for others, or where they are named."""
+    """{name of a job that has to run: why}. Trainings run for others, or where they are
+    named."""
     by_name = {job.name: job for job in jobs}
     ahead = []
     for job in jobs:

@@ -7,8 +7,6 @@ compiled in another for sm_90 and sm_100, without a GPU.
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from engine import expand, routes  # noqa: E402
 from test_fused import (  # noqa: E402
-    REGISTERS_ON_SM, RESERVED, SHARED_LIMIT, SHARED_ON_SM, Recorder, by_name, outcome, pretend,
-    registers_and_stack, turned)
+    REGISTERS_ON_SM, RESERVED, SHARED_LIMIT, SHARED_ON_SM, Recorder, by_name, outcome, outcomes_of,
+    pretend, registers_and_stack, turned)
 
 
 def inputs(B, T, H, N, R, V, C, dtype=torch.float32, seed=0):
@@ -167,17 +165,7 @@ for name, capability in itertools.product(GEOMETRIES, (90, 100)):
 
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory):
-    """{kind: {check: None, or the traceback of its failure}}."""
-    environment = dict(os.environ)
-    environment.pop("TRITON_INTERPRET", None)
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    found = {}
-    for kind, more in (("interpret", {"TRITON_INTERPRET": "1"}), ("compile", {})):
-        child = subprocess.run([sys.executable, __file__, kind], env=environment | more,
-                               capture_output=True, text=True, timeout=300)
-        assert child.returncode == 0, child.stderr
-        found[kind] = json.loads(child.stdout.splitlines()[-1])
-    return found
+    return outcomes_of(__file__, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.rest

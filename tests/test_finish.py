@@ -6,8 +6,6 @@ another for sm_90 and sm_100, without a GPU.
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,8 @@ import fused  # noqa: E402
 import test_fused  # noqa: E402
 from engine import finish  # noqa: E402
 from test_fused import (  # noqa: E402
-    SHARED_LIMIT, Recorder, by_name, outcome, pretend, reference, registers_and_stack)
+    SHARED_LIMIT, Recorder, by_name, outcome, outcomes_of, pretend, reference,
+    registers_and_stack)
 
 
 def inputs(B, L, H, T, C, R, N, V, dtype=torch.float32):
@@ -114,18 +113,7 @@ for splits, capability in itertools.product((11, 22, fused.MAX_SPLITS), (90, 100
 
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory):
-    """{kind: {check: None, or the traceback of its failure}}."""
-    environment = dict(os.environ)
-    environment.pop("TRITON_INTERPRET", None)
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    found = {}
-    for kind, more in (("interpret", {"TRITON_INTERPRET": "1"}), ("compile", {})):
-        child = subprocess.run([sys.executable, __file__, kind], env=environment | more,
-                               capture_output=True, text=True, timeout=300)
-        assert child.returncode == 0, child.stderr
-        print(child.stderr)
-        found[kind] = json.loads(child.stdout.splitlines()[-1])
-    return found
+    return outcomes_of(__file__, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.rest

@@ -382,21 +382,17 @@ CHECKS = {
 }
 
 
-def started(kind: str, environment: dict) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, __file__, kind], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-@pytest.fixture(scope="session")
-def children(tmp_path_factory):
-    """{kind: {check: None, or the traceback of its failure}}."""
+def outcomes_of(program: str, folder: Path) -> dict:
+    """{kind: {check: None, or the traceback of its failure}} of a test file like this one."""
     if importlib.util.find_spec("triton") is None:
-        pytest.fail("tests/test_fused.py needs Triton, also without a GPU: pip install triton")
-    environment = dict(os.environ)
+        pytest.fail(f"{program} needs Triton, also without a GPU: pip install triton")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
     environment.pop("TRITON_INTERPRET", None)
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    running = {"interpret": started("interpret", environment | {"TRITON_INTERPRET": "1"}),
-               "compile": started("compile", environment)}
+    running = {}
+    for kind, more in (("interpret", {"TRITON_INTERPRET": "1"}), ("compile", {})):
+        running[kind] = subprocess.Popen([sys.executable, program, kind], text=True,
+                                         env=environment | more, stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE)
     outcomes = {}
     for kind, child in running.items():
         out, err = child.communicate(timeout=300)
@@ -405,14 +401,19 @@ def children(tmp_path_factory):
     return outcomes
 
 
+@pytest.fixture(scope="session")
+def outcomes(tmp_path_factory):
+    return outcomes_of(__file__, tmp_path_factory.mktemp("triton"))
+
+
 @pytest.mark.parametrize("name", CHECKS["interpret"])
-def test_in_interpreter(children, name):
-    assert children["interpret"][name] is None, children["interpret"][name]
+def test_in_interpreter(outcomes, name):
+    assert outcomes["interpret"][name] is None, outcomes["interpret"][name]
 
 
 @pytest.mark.parametrize("name", CHECKS["compile"])
-def test_compiles_offline(children, name):
-    assert children["compile"][name] is None, children["compile"][name]
+def test_compiles_offline(outcomes, name):
+    assert outcomes["compile"][name] is None, outcomes["compile"][name]
 
 
 def test_splits_fill_the_gpu_in_whole_waves():
