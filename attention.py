@@ -45,7 +45,7 @@ With fewer query tokens absorbing is cheaper. A language model decodes one token
 "absorb when decoding" became folklore. A *chunk* of video has 4680 tokens (3 frames of 30 x 52)
 and looks at 32,760 (21 frames): there absorbing costs 1.57 times the operations, and what it
 buys is the memory of K and V. (The paper says both: its D.4 materialises, its Appendix E
-absorbs. Its frames/s do not change from C = 64 to 512, as those of absorbed attention would.)
+absorbs. Its frames/s hardly change from C = 64 to 512; those of absorbed attention would.)
 And where 2 C <= N + V (our toy model: C = 16, N + V = 56) there is no crossing: absorbing never
 needs more operations, for L <= T.
 
@@ -90,12 +90,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
 
 
 def check_mask(mask: Tensor, L: int, T: int) -> None:
-    """ValueError unless it is bool [L, T] and (a CPU alone looks) every query sees a key."""
+    """ValueError unless bool [L, T] and (checked on a CPU only) every query sees a key."""
     if mask.dtype != torch.bool or mask.shape != (L, T):
         raise ValueError(f"a mask is bool [L, T], here {[L, T]}, one for all videos and heads; "
                          f"got {mask.dtype} {list(mask.shape)}")
-    sighted = not mask.is_cpu or torch.compiler.is_compiling() or mask.any(dim=1).all()
-    if not sighted:
+    looks = mask.is_cpu and not torch.compiler.is_compiling()
+    if looks and not mask.any(dim=1).all():
         raise ValueError("a query that sees no key has no mean of values: it is 0 / 0")
 
 
@@ -358,7 +358,7 @@ class MLA(nn.Module):
         must store them, too. engine/convert.py converts whole models, normed ones as well, and
         cuts where their inputs lose least.
 
-        Raises ValueError for a normed layer or one with biases, an unknown init, or C, Q, R out of range.
+        ValueError for a normed or biased layer, an unknown init, or sizes out of range.
         tests/test_full_rank.py.
         """
         E = dense.W_Q.in_features

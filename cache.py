@@ -39,7 +39,7 @@ Which time? A model has been trained on clips of `horizon` frames and knows no t
 While s <= horizon - chunk these are the absolute times, and cached inference equals the
 teacher-forced training pass exactly. Later chunk and ring are *re-indexed*: the chunk stays at
 the end of the trained range, its past just before it, and no position leaves what training has
-seen, however long the video. A horizon as long as the window is the rule of Infinity-RoPE, which
+seen, however long the video. A horizon as long as the window is Infinity-RoPE's rule, which
 the paper's long videos follow; an infinite one gives the absolute positions of Self-Forcing.
 (The paper keeps 1 sink frame and 6 more. LongLive's 6 count sink and chunk, as `window` does.)
 

@@ -18,8 +18,8 @@ teaches a model to answer with the end of the path.
     x_sigma' = x_sigma - (sigma - sigma') v         one Euler step towards the data    (F3)
     x0       = x_sigma - sigma v                    the answer that v implies          (F4)
 
-Both are in this file together with the training path (objectives.py imports it from here), so
-sign and direction of time cannot disagree.
+(F3) and (F4) stand here with the training path (F1), which objectives.py imports from here, so
+sign and direction cannot disagree.
 
 How a video streams, chunk by chunk:
 
@@ -53,7 +53,7 @@ def shift(u, k: float = SHIFT):
     near 1.
 
     The more pixels a frame has, the more noise it takes to hide it, since averaging sees
-    through noise: large latents are given k = 5 in the literature; 16 x 16 pixels have 3 here.
+    through noise: the literature gives large latents k = 5; here it is 3 until distillation.
     """
     return k * u / (1 + (k - 1) * u)
 

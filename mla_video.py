@@ -64,7 +64,7 @@ class Config:
     norm: bool = True                  # RMSNorm of the latents; in dense attention of q and k
     place: bool = True                 # a learned vector for each place in the frame
     bias: bool = False                 # in the projections of dense attention, as in Wan
-    text: int = 0                      # captions are a text encoder's rows, so wide; 0: words
+    text: int = 0                      # width of a text encoder's rows as captions; 0: words
     eps_rms: float = RMS_EPS           # of the RMSNorms
     eps_layer: float = 1e-5            # of the LayerNorms
 
@@ -183,7 +183,7 @@ class Block(nn.Module):
         o = self.attention(h, visible, q_table, k_table, mask, attend)
         x = torch.addcmul(x, gate, o.view_as(x)).to(x.dtype)               # x + gate * o
 
-        # No mask: a word that is not said is word 0, whose embedding says so; a row, zeros.
+        # No mask: a word that is not said is word 0, whose embedding says so; a text row, zeros.
         o = self.caption(self.norm_caption(x).flatten(1, 2), self.caption.rows(caption))
         x = x + o.view_as(x)
 
@@ -388,7 +388,7 @@ def check_sizes(c: Config) -> None:
             least = int(name not in ("text", "horizon"))
             top = 1024 if name == "layers" else 2**20
             need(type(value) is int and least <= value <= top,
-                 f"{name} must be a positive integer up to {top}, {got}")
+                 f"{name} must be an integer, {least} to {top}, {got}")
     need(c.attention in ("mla", "dense"),
          f"attention must be 'mla' or 'dense', got {str(c.attention)[:40]!r}")
     need(c.dim % c.heads == 0, f"{c.heads} heads do not divide a width of {c.dim}")

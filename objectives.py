@@ -2,7 +2,7 @@
 and where the gradient stops.
 
     score   A bidirectional model of whole clips: every frame sees every other. It cannot
-            stream, but it can judge videos, which stage dmd needs. Stage tf starts from it. It
+            stream, but can judge videos, which stage dmd needs. Stage tf may start from it. It
             stands where the paper has pretrained Wan.
     tf      1. Teacher forcing: denoise every chunk, given the *clean true* chunks before it.
     cd      2. Consistency distillation: given the same, every pass jumps to an answer. Four of
@@ -148,7 +148,7 @@ def consistency_loss(student: VideoDiT, target: VideoDiT, teacher: VideoDiT, x0:
 # ---- stage dmd: distribution matching on the model's own past --------------------------------
 # The model in training is called the generator here; it starts as the model of stage cd. Two
 # bidirectional models judge its videos, and both start as the model of stage score:
-#     the real score is frozen; it knows true clips
+#     the real score (D0), frozen, knows true clips
 #     the fake score, or critic, is trained on the generator's videos of the moment
 # One step of the stage, put together in train.py:
 #     every 5th step    video = self_rollout(...)           the generator makes a clip

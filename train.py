@@ -90,7 +90,7 @@ class Recipe:
 
 
 # What differs by stage. Distillation moves little, and at a high rate it shakes what teacher
-# forcing has learned: motion turns jerky. The target of cd must pass an answer down 48 levels,
+# forcing has learned: motion turns jerky. The target of cd must pass an answer up 48 levels,
 # so its average is short.
 DISTILL = {
     "cd": dict(lr_muon=1.5e-4, lr_adamw=7.5e-5, ema=0.98),
@@ -253,7 +253,7 @@ def own_video(trainer: "Trainer", exit: int, record: bool, caption: Tensor,
     `before` and the cache's buffers, more of those under way, some with another caption.
 
     Returns (video, its captions, what the next step needs to go on with it). In the end the
-    window's frames are renamed to begin at 0 (`rename_window`): so the next step, which may be
+    window's frames are numbered anew (`rename_window`): so the next step, which may be
     a recorded CUDA graph, meets the same numbers.
     """
     cache = trainer.model.make_cache(len(caption))

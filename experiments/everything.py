@@ -97,7 +97,7 @@ JOBS = [
     *WORLDS,
     Job("normal", X + "normal curves --device cuda --jobs 6 --threads 4",
         "results/normal_h100.json", "", "gpus", 15, goes_on=True),
-    Job("paper", X + "paper all --jobs 24 --flags=--workers=2", PAPER, "", "gpus", 25,
+    Job("paper", X + "paper all --jobs 24 --workers 2", PAPER, "", "gpus", 25,
         goes_on=True),
     Job("quality", X + "quality", "results/quality.json results/quality.png", ALL_SIX, "gpu", 14),
     Job("bench", X + "bench --json results/bench_h100.json", "results/bench_h100.json", "",

@@ -10,13 +10,13 @@
     start    how MLA begins that a dense model becomes: cut by the weights with the mean of the
              heads' rope keys, cut by its inputs with the better key (engine/convert.py), or
              with attention at random; after few steps and many, at three rates of learning
-    window   1 sink frame and 6 more against the whole clip. The 7 stand before the chunk, whose
-             3 frames so see 10, or the chunk is among them. Times are counted anew from the
+    window   1 sink frame and 6 more against the whole clip. Either the 7 stand before the chunk
+             (10 frames are seen in all), or its 3 frames are among them (7). Times are counted anew from the
              clip's length on, from the window's, or never: since attention knows only how far
              apart two frames are, what this changes is how far away the sink seems
     recipe   stage dmd with the paper's critic rate (0.2 of the generator's), guidance and
              optimiser (AdamW, 0 and 0.999), one at a time and together. Its shift, 5, is ours
-             here: that row has 3, the shift of stage tf
+             too; the row "shift 3" has that of stage tf
 
 Recipes are the GPU's with fewer steps (`Plan`). The models of `latent`, `window` and `recipe`
 begin as the paper's do: a dense model of whole clips (`score`, in the place of Wan) becomes MLA
@@ -43,42 +43,33 @@ import argparse
 import functools
 import hashlib
 import json
-import math
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 if not __package__:                    # started by its path
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from engine.checkpoint import load_model, save_model
+from engine.checkpoint import previous
 from engine.code import code_hash
 from engine.command_line import (ROOT, UserError, check_bounds, default_device, pick_device,
                                  provenance, run)
-from engine.convert import MLA_ALONE, convert, moments_of_weights
+from engine.convert import MLA_ALONE
 from engine.trainer import fast_products
-from experiments.convert import by_the_mean, narrow, random_start
 from experiments.normal import STOPPED, Curves
-from experiments.quality import STRETCH, curves, draws_on
+from experiments.paper_models import fit, judge_model, make
+from experiments.quality import STRETCH
 from experiments.verdicts import STUDENT
-from flow import SAMPLERS, Stream, rollout
-from metrics import alive, centroid
-from mla_video import VideoDiT
-from objectives import teacher_forcing_loss
-from toy_data import make_world
 from train import ON_GPU
 
-UNSEEN = 10_000                        # seeds from here on are of clips that no training draws
-ENDS = 10                              # stretches of 12 frames, of `early` and of `late`
 MOST_SEEDS = max(STUDENT)              # verdicts are of no more
 NEVER = 2**20                          # a horizon that no video reaches
+MODELS = "experiments/paper_models.py"
 Sizes = tuple[tuple[str, int], ...]    # names and values of --config
 
 
@@ -152,7 +143,7 @@ class Plan:
     frames: int                        # of each
 
 
-# A seventh to two fifths of the steps of the GPU's recipe: the table of `latent` has 18 chains
+# Stages of a chain have a seventh to two fifths of the GPU recipe's steps: the table of `latent` has 18 chains
 # of three stages, and a step takes 15 ms on an H100 however many runs share it. 256 videos,
 # since with 64 chance alone moves a share by 0.06, and 0.10 decides.
 FULL = Plan(128, (), score=5000, tf=3000, cd=800, dmd=600, split=2000,
@@ -165,6 +156,11 @@ QUICK = Plan(64, (*TINY, "--config=dim=64", "--config=heads=2", "--config=query_
              videos=4, split_videos=4, frames=36)
 
 
+# The average is of the generator's updates, every fifth step: 0.97 keeps 3 % of the cd model after
+# 600, as train.py's 0.99 does 4 % after its 1600.
+AVERAGE = ("--recipe=ema=0.97",)
+
+
 def chain(name: str, plan: Plan, sizes: Sizes, flags: tuple[str, ...] = ()) -> list[Way]:
     """The ways tf, cd and dmd of MLA with these sizes, from the dense score model; `flags` are
     more of dmd."""
@@ -172,7 +168,7 @@ def chain(name: str, plan: Plan, sizes: Sizes, flags: tuple[str, ...] = ()) -> l
     tf = Way(f"{name}/tf", "tf", plan.tf, sizes, dense=real, flags=plan.flags)
     cd = Way(f"{name}/cd", "cd", plan.cd, sizes, start=tf, flags=plan.flags)
     dmd = Way(f"{name}/dmd", "dmd", plan.dmd, sizes, start=cd, score=real,
-              flags=plan.flags + flags)
+              flags=plan.flags + AVERAGE + flags)
     return [tf, cd, dmd]
 
 
@@ -186,7 +182,7 @@ def dense_chain(plan: Plan) -> list[Way]:
     real = dense_score(plan)
     tf = Way("dense/tf", "tf", plan.tf, start=real, flags=real.flags)
     cd = Way("dense/cd", "cd", plan.cd, start=tf, flags=real.flags)
-    dmd = Way("dense/dmd", "dmd", plan.dmd, start=cd, score=real, flags=real.flags)
+    dmd = Way("dense/dmd", "dmd", plan.dmd, start=cd, score=real, flags=real.flags + AVERAGE)
     return [tf, cd, dmd]
 
 
@@ -251,7 +247,7 @@ def start(plan: Plan) -> list[Row]:
     return rows
 
 
-WINDOWS = {                            # {name: (window, sink)}; the window counts both
+WINDOWS = {                            # {name: (window, sink)}; the window counts sink and chunk, too
     "1 + 6, then the chunk": (10, 1),
     "1 + 6 with the chunk": (7, 1),
 }
@@ -278,9 +274,11 @@ def window(plan: Plan) -> list[Row]:
 
 
 # Guidance w is uncond + w (cond - uncond) here, and cond + w (cond - uncond) in Self-Forcing's
-# code: its 3, if the paper means that, is our 4. At one rate an update of AdamW is about 5
-# times as large as Muon's (whose root mean square is made 0.2), so its matrices get a fifth.
-ADAMW = ("optimiser=adamw", f"lr_muon={ON_GPU['dmd']['lr_muon'] / 5:g}")
+# code: its 3, if the paper means that, is our 4. An update of AdamW without its first moment has
+# a root mean square of about 1 at rate 1, Muon's is made 0.2, and that of ours, (0.9, 0.95), is
+# about that: so with the paper's AdamW all rates are a fifth.
+RATES_OF_ADAMW = [f"{name}={ON_GPU['dmd'][name] / 5:g}" for name in ("lr_muon", "lr_adamw")]
+ADAMW = ("optimiser=adamw", *RATES_OF_ADAMW)
 RECIPES = {
     "ours": (),
     "critic 0.2": ("critic=0.2",),
@@ -325,14 +323,22 @@ class Tables(Curves):
         return self.args.results / f"paper_{table}.json"
 
     def read(self) -> None:
-        """What the files have of these rows, by this plan and this code."""
+        """What the files have of these rows, by this plan and this code. UserError if they have
+        others, which would be lost: unless --anew says that they may be."""
         for table, rows in self.tables.items():
-            if not self.path(table).exists():
+            path = self.path(table)
+            if not path.exists():
                 continue
             keys = {self.key(row): row for row in rows}
-            for entry in json.loads(self.path(table).read_text())["rows"]:
+            others = 0
+            for entry in json.loads(path.read_text())["rows"]:
                 if entry["key"] in keys:
                     self.found[Job(keys[entry["key"]], entry["seed"])] = entry
+                else:
+                    others += 1
+            if others and not self.args.anew:
+                raise UserError(f"{path} has {others} rows of another plan, other flags or other "
+                                "code: give --anew to lose them, or another --results")
 
     # -- one job
 
@@ -341,11 +347,12 @@ class Tables(Curves):
         if way not in self.keys:
             takes = [self.key(other) for other in way.needs()]
             if isinstance(way, Row):
-                decides = [code_of("experiments/paper.py"), way.table, way.name,
-                           *self.judging_flags(way)]
+                decides = [code_of(MODELS), way.table, way.name, *self.judging_flags(way)]
             else:
                 roles = [bool(other) for other in (way.start, way.dense, way.score)]
                 decides = [code_of("train.py"), *self.training_flags(way), way.made, roles]
+                if way.made or other_places(way):
+                    decides.append(code_of(MODELS))
             text = repr([self.device.type, takes, decides])
             self.keys[way] = hashlib.sha256(text.encode()).hexdigest()[:8]
         return self.keys[way]
@@ -362,7 +369,10 @@ class Tables(Curves):
         report = self.report(job)
         if not report.exists():
             return
-        found = json.loads(report.read_text())
+        try:
+            found = json.loads(report.read_text())
+        except ValueError:                 # it was killed while it wrote
+            return
         if isinstance(job.way, Row):
             done = len(found["models"]) == len(job.way.models)
         else:
@@ -384,8 +394,10 @@ class Tables(Curves):
             return self.judging(job)
         folder = self.folder(job)
         words = [sys.executable, "train.py", *self.training_flags(job.way),
-                 f"--seed={job.seed}", f"--device={self.device.type}", f"--out={folder}"]
-        if (folder / "train.pt").exists():
+                 f"--seed={job.seed}", f"--device={self.device.type}",
+                 f"--workers={self.args.workers}", f"--out={folder}"]
+        state = folder / "train.pt"
+        if state.exists() or previous(state).exists():
             return [*words, "--resume"]
         return words + self.begins_from(job)
 
@@ -410,29 +422,19 @@ class Tables(Curves):
         return words
 
     def fitted(self, dense: Way, job: Job) -> Path:
-        """The weights of a dense model; with other window and sink, if the way has others, for
-        a model of whole clips has no use for either."""
+        """The weights of a dense model; with other window and sink, if the way has others."""
         path = self.weights(Job(dense, job.seed))
-        other = {name: size for name, size in job.way.sizes if name not in MLA_ALONE}
+        other = other_places(job.way)
         if not other:
             return path
-        model, about = load_model(path)
-        copy = VideoDiT(replace(model.config, **other))
-        copy.load_state_dict(model.state_dict())
-        save_model(self.folder(job) / "dense.pt", copy, **about)
-        return self.folder(job) / "dense.pt"
+        return fit(path, other, self.folder(job) / "dense.pt")
 
     def made(self, job: Job) -> Path:
         """A file with the MLA model that a dense one becomes otherwise than by train.py."""
-        dense, about = load_model(self.weights(Job(job.way.dense, job.seed)))
-        config = narrow(dense.config, dict(job.way.sizes)["latent"])
-        if job.way.made == "random":
-            model = random_start(dense, config, job.seed)
-        else:
-            model = convert(dense, config, moments_of_weights(dense), make=by_the_mean)
-        path = self.folder(job) / "start.pt"
-        save_model(path, model, **{**about, "stage": ""})
-        return path
+        way = job.way
+        dense = self.weights(Job(way.dense, job.seed))
+        C = dict(way.sizes)["latent"]
+        return make(way.made, dense, C, job.seed, self.folder(job) / "start.pt")
 
     def judging(self, job: Job) -> list[str]:
         words = [sys.executable, "-m", "experiments.paper", "judge", f"--seed={job.seed}",
@@ -459,6 +461,7 @@ class Tables(Curves):
         if process.returncode not in STOPPED:
             lines = (self.folder(job) / "log.txt").read_text().splitlines() or ["no output"]
             self.failed.append(f"{job.way}, seed {job.seed}: {lines[-1]}")
+            print(f"failed: {self.failed[-1]}", flush=True)
             return
         self.look_for_weights(job)
         if job in self.trained:
@@ -508,6 +511,11 @@ class Tables(Curves):
         part.replace(path)                 # a kill in the middle loses nothing
 
 
+def other_places(way: Way) -> Sizes:
+    """The sizes of a way that a dense model has, too: its window and sink."""
+    return tuple((name, size) for name, size in way.sizes if name not in MLA_ALONE)
+
+
 @functools.cache
 def code_of(program: str) -> str:
     return code_hash(ROOT / program)
@@ -524,63 +532,7 @@ def steps_of(rows: list[Row]) -> dict[str, list[int]]:
     return {stage: sorted(steps) for stage, steps in found.items()}
 
 
-# ---- judging a model -------------------------------------------------------------------------
-
-@torch.no_grad()
-def place_after_truth(model: VideoDiT, clips: Tensor, captions: Tensor, seed: int,
-                      **how) -> float:
-    """The share of frames of a last chunk, made after its true past, with the subject within a
-    pixel (of 16) of its true place. The caption does not tell where that is."""
-    chunk = model.config.chunk
-    stream = Stream(model, captions)
-    *past, last = clips.split(chunk, dim=1)
-    for part in past:
-        stream.commit(part)
-    made = next(rollout(stream, chunk, draws_on(clips.device, seed), **how))
-    distance = (centroid(made) - centroid(last)).norm(dim=-1)
-    near = (distance <= clips.shape[-1] / 16) & alive(made)
-    return near.float().mean().item()
-
-
-@torch.no_grad()
-def held_out_loss(model: VideoDiT, clips: Tensor, captions: Tensor, seed: int) -> float:
-    draws = draws_on(clips.device, seed)
-    loss, _, _ = teacher_forcing_loss(model, clips, captions, draws, drop=0.0)
-    return loss.item()
-
-
-def plain(values: list[float]) -> float | None:
-    """The mean of those that are numbers, for JSON; None if nothing was there to be judged."""
-    numbers = [value for value in values if math.isfinite(value)]
-    return round(mean(numbers), 4) if numbers else None
-
-
-def judge_model(path: Path, horizon: int, frames: int, args: argparse.Namespace,
-                device: torch.device) -> dict:
-    """What is found of one model."""
-    model, about = load_model(path)
-    model.to(device)
-    stage = about["stage"]
-    how = SAMPLERS[stage]
-    c = model.config
-    world = make_world("shapes", c.frames, c.height, UNSEEN + args.seed)
-    clips, captions = world.batch(range(4 * args.videos))  # one pass or chunk of each is cheap
-    on_device = [part.to(device) for part in (clips, captions)]
-    found = {"place": round(place_after_truth(model, *on_device, args.seed, **how), 4)}
-    if stage == "tf":
-        found["loss"] = round(held_out_loss(model, *on_device, args.seed), 5)
-    if horizon:
-        model.config = replace(c, horizon=horizon)
-    points, seconds, _ = curves(model, captions[:args.videos], clips[:args.videos],
-                                frames, args.seed, **how)
-    for name, part in (("early", slice(ENDS)), ("late", slice(-ENDS, None))):
-        found[name] = {metric: plain(values[part]) for metric, values in points.items()}
-    cache = model.make_cache(1)
-    found["seconds_per_chunk"] = round(seconds, 5)
-    found |= {"frames": frames, "cache_bytes": cache.nbytes,
-              "bytes_per_token": cache.bytes_per_token}
-    return found
-
+# ---- judging a row ---------------------------------------------------------------------------
 
 def judge(args: argparse.Namespace) -> None:
     """The models that --model names, one after the other. What --out has of a call that was
@@ -600,7 +552,8 @@ def judge(args: argparse.Namespace) -> None:
         horizon, frames = read_numbers(label, numbers)
         begun = time.perf_counter()
         with fast_products():
-            model = judge_model(Path(weights[label]), horizon, frames, args, device)
+            model = judge_model(Path(weights[label]), horizon, frames, args.videos, args.seed,
+                                device)
         found["models"][label] = model
         seconds = found["judging_seconds"] + time.perf_counter() - begun
         found["judging_seconds"] = round(seconds, 1)
@@ -675,7 +628,10 @@ def add_table(part: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=1, help="of each")
     add("--minutes", type=float, default=10**6, help="then all stop, and can go on later")
     add("--runs", type=Path, help="folder of the runs (default: out/paper, out/paper_quick)")
+    add("--workers", type=int, default=0, help="of each training, which draw its clips")
     add("--flags", default="", help='more flags for train.py, e.g. "--compile"')
+    add("--anew", action="store_true",
+        help="lose the rows of another plan, other flags or other code that --results has")
     add("--results", type=Path,
         help="folder of paper_TABLE.json (default: results; with --quick that of the runs)")
 

@@ -109,7 +109,8 @@ def conditions(found: dict) -> str:
     for stage, numbers in sorted(found["steps"].items()):
         steps.append(f"`{stage}` {' or '.join(f'{number:,}' for number in numbers)}")
     part = "" if found["whole"] else "**In part.** "
-    said = (f"{part}Mean [least, most] of {seeds} seeds, E = {found['E']}, "
+    many = str(seeds) if found["whole"] else f"{seeds} or more"
+    said = (f"{part}Mean [least, most] of {many} seeds, E = {found['E']}, "
             f"{found['frames']} frames; steps: {', '.join(steps)}.")
     return f"{said} {PAPER.get(found['table'], '')}".strip()
 

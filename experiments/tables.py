@@ -552,7 +552,7 @@ def training() -> str:
     machine = gpu["device"]
     if "Two other runs shared the card" in gpu.get("edited_by_hand", ""):
         machine += ", shared with two other runs"
-    head = ["command", "makes", "clips seen (`dmd`: made)", "training", "machine", "from"]
+    head = ["command", "makes", "clips seen or made", "training", "machine", "from"]
     return markdown(head, [
         ["`python train.py`", "a model of 12 passes a chunk",
          *clips_and_minutes([first]), first["device"], link("train_mla_cpu.json")],

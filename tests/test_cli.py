@@ -70,7 +70,7 @@ def fails_in_one_line(capsys, main, argv: list[str], *words: str, at_most=10_000
     (["--config=heads=5"], ["5 heads do not divide"]),
     (["--config=frames=10"], ["whole chunks"]),
     (["--config=colour=3"], ["NAME=N", "window"]),
-    (["--config=layers=0"], ["layers must be a positive integer"]),
+    (["--config=layers=0"], ["layers must be an integer, 1 to 1024"]),
     (["--steps=0"], ["--steps must be at least 1"]),
     (["--device=quantum"], ["quantum"]),
     (["--attention=sparse"], ["sparse", "mla"]),
@@ -680,7 +680,7 @@ def test_a_long_rollout_does_not_grow(capsys, model_file):
     (dict(dim=130), "divide"),
     (dict(patch=5), "patches of 5"),
     (dict(sink=-1), "sink"),
-    (dict(dim=2.5), "positive integer"),
+    (dict(dim=2.5), "must be an integer"),
     (dict(window=2), "window of 2"),
     (dict(rope=5), "even"),
 ])

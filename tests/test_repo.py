@@ -59,7 +59,7 @@ EXPERIMENTS = [f"experiments.{stem}" for stem in (
     "stamp", "measure", "rank", "verdicts", "spectrum_figure", "endurance", "fast_path", "bench",
     "spectrum", "quality", "eight_bits", "pictures", "captions", "starts", "switches",
     "wan_memory", "wan_speed", "convert", "worlds", "flicker", "failures", "normal",
-    "memory_figure", "memory", "digit_pairs", "paper", "paper_verdicts", "paper_tables", "ship",
+    "memory_figure", "memory", "digit_pairs", "paper_models", "paper", "paper_verdicts", "paper_tables", "ship",
     "tables", "everything")]
 BOOK = MODEL + LEARNING + WORLDS + ["fused"] + COMMANDS
 ORDER = MODEL + LEARNING + WORLDS + ["fused"] + ENGINE + COMMANDS + EXPERIMENTS

@@ -466,8 +466,8 @@ def test_a_saved_state_gives_the_same_bits(code, tmp_path):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (dict(dim=0), "dim must be a positive integer"),
-    (dict(heads=2.0), "heads must be a positive integer"),
+    (dict(dim=0), "dim must be an integer, 1 to"),
+    (dict(heads=2.0), "heads must be an integer, 1 to"),
     (dict(attention="gqa"), "attention must be 'mla' or 'dense'"),
     (dict(heads=3), "3 heads do not divide"),
     (dict(height=18), "patches of 4 do not divide 18 x 16"),
