@@ -11,9 +11,9 @@
              heads' rope keys, cut by its inputs with the better key (engine/convert.py), or
              with attention at random; after few steps and many, at three rates of learning
     window   1 sink frame and 6 more against the whole clip. Either the 7 stand before the chunk
-             (10 frames are seen in all), or its 3 frames are among them (7). Times are counted anew from the
-             clip's length on, from the window's, or never: since attention knows only how far
-             apart two frames are, what this changes is how far away the sink seems
+             (10 frames are seen in all), or its 3 frames are among them (7). Times are counted
+             anew from the clip's length on, from the window's, or never: since attention knows
+             only how far apart two frames are, what this changes is how far away the sink seems
     recipe   stage dmd with the paper's critic rate (0.2 of the generator's), guidance and
              optimiser (AdamW, 0 and 0.999), one at a time and together. Its shift, 5, is ours
              too; the row "shift 3" has that of stage tf
@@ -143,9 +143,9 @@ class Plan:
     frames: int                        # of each
 
 
-# Stages of a chain have a seventh to two fifths of the GPU recipe's steps: the table of `latent` has 18 chains
-# of three stages, and a step takes 15 ms on an H100 however many runs share it. 256 videos,
-# since with 64 chance alone moves a share by 0.06, and 0.10 decides.
+# Stages of a chain have a seventh to two fifths of the GPU recipe's steps: the table `latent`
+# has 18 chains of three, and a step takes 15 ms on an H100 however many runs share it. 256
+# videos, since with 64 chance alone moves a share by 0.06, and 0.10 decides.
 FULL = Plan(128, (), score=5000, tf=3000, cd=800, dmd=600, split=2000,
             split_flags=("--preset=small", "--batch=16"), short=300, long=1200, videos=256,
             split_videos=128, frames=960)
@@ -156,8 +156,8 @@ QUICK = Plan(64, (*TINY, "--config=dim=64", "--config=heads=2", "--config=query_
              videos=4, split_videos=4, frames=36)
 
 
-# The average is of the generator's updates, every fifth step: 0.97 keeps 3 % of the cd model after
-# 600, as train.py's 0.99 does 4 % after its 1600.
+# The average is of the generator's updates, every fifth step: after 600 steps 0.97 keeps 3 % of
+# the cd model, as train.py's 0.99 keeps 4 % after its 1600.
 AVERAGE = ("--recipe=ema=0.97",)
 
 
@@ -247,7 +247,7 @@ def start(plan: Plan) -> list[Row]:
     return rows
 
 
-WINDOWS = {                            # {name: (window, sink)}; the window counts sink and chunk, too
+WINDOWS = {                            # {name: (window, sink)}; the window counts all
     "1 + 6, then the chunk": (10, 1),
     "1 + 6 with the chunk": (7, 1),
 }
@@ -274,9 +274,9 @@ def window(plan: Plan) -> list[Row]:
 
 
 # Guidance w is uncond + w (cond - uncond) here, and cond + w (cond - uncond) in Self-Forcing's
-# code: its 3, if the paper means that, is our 4. An update of AdamW without its first moment has
-# a root mean square of about 1 at rate 1, Muon's is made 0.2, and that of ours, (0.9, 0.95), is
-# about that: so with the paper's AdamW all rates are a fifth.
+# code: its 3, if the paper means that, is our 4. An update of AdamW without its first moment
+# has a root mean square of about 1 at rate 1, Muon's is made 0.2, and AdamW's with our (0.9,
+# 0.95) is near that: so with the paper's AdamW all rates are a fifth.
 RATES_OF_ADAMW = [f"{name}={ON_GPU['dmd'][name] / 5:g}" for name in ("lr_muon", "lr_adamw")]
 ADAMW = ("optimiser=adamw", *RATES_OF_ADAMW)
 RECIPES = {
@@ -337,8 +337,8 @@ class Tables(Curves):
                 else:
                     others += 1
             if others and not self.args.anew:
-                raise UserError(f"{path} has {others} rows of another plan, other flags or other "
-                                "code: give --anew to lose them, or another --results")
+                raise UserError(f"{path} has {others} rows of another plan, other flags or "
+                                "other code: give --anew to lose them, or another --results")
 
     # -- one job
 

@@ -31,7 +31,7 @@ AT_ONCE = 64                   # clips in a pass, or six judgings would not fit 
 # ---- what a run starts from ------------------------------------------------------------------
 
 def fit(dense: Path, sizes: tuple[tuple[str, int], ...], path: Path) -> Path:
-    """The dense model with another window and sink: one of whole clips has no use for either."""
+    """The dense model with another window and sink: one of whole clips needs neither."""
     model, about = load_model(dense)
     copy = VideoDiT(replace(model.config, **dict(sizes)))
     copy.load_state_dict(model.state_dict())
@@ -40,8 +40,8 @@ def fit(dense: Path, sizes: tuple[tuple[str, int], ...], path: Path) -> Path:
 
 
 def make(how: str, dense: Path, C: int, seed: int, path: Path) -> Path:
-    """The MLA model that the dense one becomes: with attention at "random", or cut by its weights
-    with the "mean" of the heads' rope keys."""
+    """The MLA model that the dense one becomes: with attention at "random", or cut by its
+    weights with the "mean" of the heads' rope keys."""
     model, about = load_model(dense)
     config = narrow(model.config, C)
     if how == "random":
@@ -92,7 +92,8 @@ def plain(values: list[float]) -> float | None:
 
 def judge_model(path: Path, horizon: int, frames: int, videos: int, seed: int,
                 device: torch.device) -> dict:
-    """What is found of one model; read with another `horizon` for its videos, if it is not 0."""
+    """What is found of one model. Its videos are made with another `horizon`, if it is not
+    0."""
     model, about = load_model(path)
     model.to(device)
     stage = about["stage"]

@@ -42,7 +42,8 @@ COLUMNS = {
         Column("frames that show their caption, last 120, `cd`", "cd", ("late", "match"),
                SHARE),
         Column("first 120, `dmd`", "dmd", ("early", "match"), SHARE),
-        LATE[0]._replace(head="last 120, `dmd`"), *LATE[1:]),
+        LATE[0]._replace(head="last 120, `dmd`"), *LATE[1:],
+        Column("in their place after a true past", "dmd", ("place",), SHARE)),
     "recipe": (*LATE, Column("speed / true", "dmd", ("late", "speed")),
                Column("distance of speeds", "dmd", ("late", "speeds"))),
 }

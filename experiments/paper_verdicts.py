@@ -11,10 +11,10 @@ GPU; the times of "speed" were known, which its claim says.
     loss    of teacher forcing on unseen clips. A twentieth counts
     place   the share of frames of a last chunk, after a true past, where they should be
 
-But where a rule says > 0, > 1 or < 1, any difference counts that all seeds show. A claim whose
-need is not met cannot be told: it could not have come out otherwise, or the comparison would not
-be fair. Claims that begin with "ours" are questions that the paper leaves open. tests/test_paper.py makes up tables
-in which each claim is true, is false, and cannot be told.
+But where a rule says > 0, > 1 or < 1, any difference counts that all seeds show. A claim
+whose need is not met cannot be told: it could not have come out otherwise, or the comparison
+would not be fair. Claims that begin with "ours" are questions that the paper leaves open.
+tests/test_paper.py makes up tables in which each claim is true, is false, and cannot be told.
 """
 
 import math
@@ -243,7 +243,7 @@ def a_quarter_is_best_by_loss(found: dict) -> Claim:
 
 
 def the_order_of_splits(found: dict) -> Claim:
-    """Its first step is one of those of the claim above: where 1/2 beats 1/4, both are false."""
+    """Its first step is one of the claim's above: where 1/2 beats 1/4, both are false."""
     table = found["split"]
     by_row = by_split(table, "late", "match")
     steps = {f"{better} to {worse}": less(by_row[better], by_row[worse])
@@ -276,7 +276,7 @@ def the_split_matters_more(found: dict) -> Claim:
     splits, widths = (
         worst_over_best({row: values(table, row, "tf", "loss", seeds=seeds) for row in names})
         for table, names in zip(tables, rows))
-    return Claim("ours: the split matters more than C (7.4 points of VBench; 0.65 from C = 128)",
+    return Claim("ours: the split matters more than C (VBench: 7.4 points; 0.65 from C = 128)",
                  "worst loss over best, R a half to twice the paper's, over that of C so > 1",
                  {"splits / widths": over(splits, widths)}, low=1.0, strict=True,
                  needs={"the splits differ by a twentieth": mean(splits) >= 1 + TWENTIETH},
@@ -394,7 +394,8 @@ def one_and_six_hold(found: dict) -> Claim:
 
 
 def one_and_six_with_the_chunk_hold(found: dict) -> Claim:
-    return holds(found, SEVEN_IN_ALL, "... or with the chunk among the 6 (the paper does not say)")
+    return holds(found, SEVEN_IN_ALL, "... or with the chunk among the 6 (the paper does not "
+                                      "say)")
 
 
 def one_and_six_are_as_good(found: dict) -> Claim:
@@ -432,7 +433,7 @@ def either_horizon(found: dict) -> Claim:
         needs[f"{name}: times matter, never is off by more than 0.10"] = apart > MARGIN
         gaps[name] = less(match(table, f"{name}, clip", "dmd"), window)
     return Claim("ours: times counted anew from the clip's length on are as good as from the "
-                 "window's", "difference of matches within 0.10", gaps, low=-MARGIN, high=MARGIN,
+                 "window's", "matches differ by 0.10 at most", gaps, low=-MARGIN, high=MARGIN,
                  needs=needs)
 
 
