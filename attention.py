@@ -94,8 +94,8 @@ def check_mask(mask: Tensor, L: int, T: int) -> None:
     if mask.dtype != torch.bool or mask.shape != (L, T):
         raise ValueError(f"a mask is bool [L, T], here {[L, T]}, one for all videos and heads; "
                          f"got {mask.dtype} {list(mask.shape)}")
-    looks = mask.is_cpu and not torch.compiler.is_compiling()
-    if looks and not mask.any(dim=1).all():
+    compiling = torch.compiler.is_compiling()
+    if mask.is_cpu and not compiling and not mask.any(dim=1).all():
         raise ValueError("a query that sees no key has no mean of values: it is 0 / 0")
 
 

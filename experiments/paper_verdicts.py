@@ -148,9 +148,10 @@ def more_adds_little(found: dict) -> Claim:
 
 def loss_can_be_lost(table: dict) -> dict[str, bool]:
     """Much of a loss cannot be learned away: is there something left that C decides?"""
-    narrow, eighth = (mean(values(table, row, "tf", "loss")) for row in ("E/32", "E/8"))
-    return {"at E / 32 the loss is a twentieth higher than at E / 8":
-            narrow >= (1 + TWENTIETH) * eighth}
+    narrow = values(table, "E/32", "tf", "loss")
+    eighth = values(table, "E/8", "tf", "loss")
+    ratio = mean(over(narrow, eighth))
+    return {"at E / 32 the loss is a twentieth higher than at E / 8": ratio >= 1 + TWENTIETH}
 
 
 def more_adds_little_to_the_loss(found: dict) -> Claim:
@@ -197,9 +198,9 @@ def as_smooth_as_dense(found: dict) -> Claim:
     dense = values(table, "dense", "dmd", "late", "residual")
     needs = {}
     for row in ("E/8", "dense"):
-        for word, least in (("survival", 0.5), ("speed", 0.5)):
-            found_here = mean(values(table, row, "dmd", "late", word))
-            needs[f"{row} has a {word} of {least} or more"] = found_here >= least
+        for metric in ("survival", "speed"):
+            half = mean(values(table, row, "dmd", "late", metric)) >= 0.5
+            needs[f"{row} has a {metric} of 0.5 or more"] = half
     return Claim("ours: its motion is as smooth",
                  "jerkiness over that of dense <= 1.10", {"E/8": over(mla, dense)},
                  high=1 + TENTH, needs=needs, control=means(mla=mla, dense=dense))
@@ -270,12 +271,18 @@ def worst_over_best(losses: dict[str, Values]) -> Values:
 def the_split_matters_more(found: dict) -> Claim:
     """The matches of the two tables are of models of different sizes and stages; of losses the
     ratio can be compared. Either has three values: the paper's choice, half and twice."""
-    tables = found["split"], found["latent"]
-    seeds = common_seeds(tables)
-    rows = ("56/8", QUARTER, "32/32"), ("E/16", "E/8", "E/4")
-    splits, widths = (
-        worst_over_best({row: values(table, row, "tf", "loss", seeds=seeds) for row in names})
-        for table, names in zip(tables, rows))
+    split = found["split"]
+    latent = found["latent"]
+    seeds = common_seeds([split, latent])
+
+    def range_of(table: dict, *rows: str) -> Values:
+        losses = {}
+        for row in rows:
+            losses[row] = values(table, row, "tf", "loss", seeds=seeds)
+        return worst_over_best(losses)
+
+    splits = range_of(split, "56/8", QUARTER, "32/32")
+    widths = range_of(latent, "E/16", "E/8", "E/4")
     return Claim("ours: the split matters more than C (VBench: 7.4 points; 0.65 from C = 128)",
                  "worst loss over best, R a half to twice the paper's, over that of C so > 1",
                  {"splits / widths": over(splits, widths)}, low=1.0, strict=True,
@@ -373,8 +380,8 @@ def goes_on(table: dict, row: str) -> dict[str, bool]:
     chunk, but a subject that jumps from chunk to chunk has forgotten its past."""
     jerks = mean(values(table, row, "dmd", "late", "residual"))
     speed = mean(values(table, row, "dmd", "late", "speed"))
-    return {f"{row}: jerkiness of 2 or less, speed within a quarter of the true one":
-            jerks <= 2 and abs(speed - 1) <= 0.25}
+    return {f"{row}: jerkiness of 2 or less": jerks <= 2,
+            f"{row}: speed within a quarter of the true one": 0.75 <= speed <= 1.25}
 
 
 def holds(found: dict, name: str, words: str) -> Claim:
@@ -403,8 +410,8 @@ def one_and_six_are_as_good(found: dict) -> Claim:
     row = f"{SEVEN_BEFORE}, window"
     whole = match(table, "whole clip", "dmd")
     place = values(table, "whole clip", "dmd", "place")
-    gaps = {"match": less(match(table, row, "dmd"), whole),
-            "place": less(values(table, row, "dmd", "place"), place)}
+    own_place = values(table, row, "dmd", "place")
+    gaps = {"match": less(match(table, row, "dmd"), whole), "place": less(own_place, place)}
     return Claim("ours: 1 + 6 are as good as a window of the whole clip",
                  "match and place less those of the whole clip >= -0.10", gaps, low=-MARGIN,
                  needs={**shows(table, "whole clip", "dmd"), **goes_on(table, row)},
