@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402
-from engine import progress  # noqa: E402
+from engine import progress, run_files  # noqa: E402
 from engine.checkpoint import previous, read_last_good  # noqa: E402
 from engine.command_line import provenance  # noqa: E402
 
@@ -53,6 +53,7 @@ def start(out: Path, log: Path, flags: list[str]) -> int:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
     progress.SECONDS = 0.0                                 # a line for every step
+    run_files.GIF_CLIPS = 1                                # ten would take longer than the steps
     code = 70
     try:
         train.main([*SMALL, "--batch=2", "--evaluate=0", "--device=cpu",
