@@ -21,8 +21,6 @@ from test_fused import (  # noqa: E402
     REGISTERS_ON_SM, RESERVED, SHARED_LIMIT, SHARED_ON_SM, Recorder, by_name, outcome, outcomes_of,
     pretend, registers_and_stack, turned)
 
-pytestmark = pytest.mark.xdist_group("expand")             # its children run once
-
 
 def inputs(B, T, H, N, R, V, C, dtype=torch.float32, seed=0):
     """The arguments of `expand`, drawn at random."""

@@ -22,8 +22,6 @@ from test_fused import (  # noqa: E402
     SHARED_LIMIT, Recorder, by_name, outcome, outcomes_of, pretend, reference,
     registers_and_stack)
 
-pytestmark = pytest.mark.xdist_group("finish")             # its children run once
-
 
 def inputs(B, L, H, T, C, R, N, V, dtype=torch.float32):
     """The arguments of `latent_values`."""

@@ -31,8 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fused  # noqa: E402  (in a child, TRITON_INTERPRET was set or unset before it began)
 
-# pytest.ini says what `rest` means. One process has the file: its children run once.
-pytestmark = [pytest.mark.rest, pytest.mark.xdist_group("fused")]
+pytestmark = pytest.mark.rest             # pytest.ini says what that means
 
 NAMES = "q_nope q_rope c_kv k_rope W_UK q_cos q_sin k_cos k_sin scale".split()
 
