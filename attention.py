@@ -174,7 +174,7 @@ def attend_absorbed(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, 
                     mask: Tensor | None = None) -> Tensor:
     """Attend to the latents themselves, by (9) and (10).
 
-    All heads share one key, so heads are no more than further queries: L * H queries of C + R
+    All heads share one key, so a head is just one more query: L * H queries of C + R
     channels against T keys, in one matrix product.
     """
     heads = W_UK.shape[0]
@@ -230,7 +230,7 @@ RMS_EPS = 2.0**-23
 
 
 def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
-    """A projection [..., inputs] -> [..., outputs]: a plain matrix, but in Wan's layers."""
+    """A projection [..., inputs] -> [..., outputs]; only Wan's layers have a bias."""
     return nn.Linear(inputs, outputs, bias)
 
 

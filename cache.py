@@ -185,7 +185,7 @@ class RollingCache:
         device = self.buffers[0].device
         start = self.seen
         stop = self.seen + self.chunk
-        # Frames start to sink_stop - 1 belong to the sink.
+        # Frames start .. sink_stop - 1 belong to the sink.
         sink_stop = max(start, min(self.sink, stop))
         # A chunk may be longer than the ring: then its own oldest frames are evicted at once.
         ring_start = min(stop, max(sink_stop, stop - self.ring))

@@ -51,7 +51,7 @@ from mla_video import Config, VideoDiT
 from objectives import (consistency_loss, critic_loss, dmd_gradient, dmd_loss, score_loss,
                         self_rollout, teacher_forcing_loss)
 
-# The stages in their order, and what each may start from: the first by itself, if it is there;
+# The stages in their order, and what each may start from: the first unasked, if it is there;
 # another where --start names it; "" is from scratch.
 STARTS = {"score": ("",), "tf": ("score", ""), "cd": ("tf",), "dmd": ("cd", "tf")}
 STAGES = tuple(STARTS)
@@ -85,7 +85,7 @@ class Recipe:
     # speed that is right on average over young and old is too fast in the old. (To train on old
     # videos is ours: the paper's training never goes beyond the frames of a clip.)
     restart: float = 0.01
-    switch: float = 0.1            # share of videos whose caption changes with a clip length
+    switch: float = 0.1            # share of videos whose caption changes at a clip's end
     seed: int = 0
 
 
