@@ -273,6 +273,7 @@ if HAS_TRITON:
         is waiting for memory.
         """
         if PDL:
+            tl.extra.cuda.gdc_launch_dependents()        # W_UV's kernel may start, if it is next
             tl.extra.cuda.gdc_wait()
         query = tl.program_id(0)
         i = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)

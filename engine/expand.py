@@ -110,10 +110,9 @@ def choose_expand_tile(C: int, itemsize: int, capability: tuple[int, int]) -> Ex
     """
     if itemsize == 4:                                    # float32 is for the interpreter alone
         return ExpandTile(16, 16, warps=4, stages=1, resident=1)
-    # Two programs share a multiprocessor: while one stores, the other multiplies.
-    if C > 192:
-        return ExpandTile(64, 64, warps=4, stages=2, resident=2)
-    return ExpandTile(128, 64, warps=4, stages=2, resident=2)
+    # Two programs share a multiprocessor: while one stores, the other multiplies. Three tiles of
+    # weights on their way are the most of which two programs fit; with C > 192 it is two.
+    return ExpandTile(64, 64, warps=4, stages=3 if C <= 192 else 2, resident=2)
 
 
 def choose_groups(blocks: int, columns: int, at_once: int) -> int:

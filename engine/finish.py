@@ -1,12 +1,11 @@
-"""Latent attention with W_UV applied: the merge of the splits and the product in one launch.
+"""Latent attention with W_UV applied, as one chain of kernels that start early.
 
-    B batch    L query tokens    H heads    G = L * H queries    S splits of the keys
-    C content latent    V value channels
+    B batch    L query tokens    H heads    C content latent    V value channels
 
 With few query tokens a kernel takes microseconds, and starting one is a good part of that.
-fused.py merges the splits in a kernel of its own, (K8), and W_UV is a product after it. Here a
-program takes some query tokens of one head, merges their parts, (K8), and multiplies the means
-by that head's W_UV. They never leave the chip in between.
+The kernels of fused.py therefore start while the one before drains, which a product of torch's
+does not. Here W_UV is such a kernel, too: it fetches its weights while the splits are merged,
+and then waits for them.
 
 Tests: tests/test_finish.py, in Triton's interpreter, and compiled for sm_90 and sm_100.
 """
@@ -22,87 +21,73 @@ if fused.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    # L and S vary from call to call: see fused.py.
-    @triton.jit(do_not_specialize=["L", "S"])
-    def _finish_kernel(parts, lse, W_UV, out, L, S, H: tl.constexpr, C: tl.constexpr,
-                       V: tl.constexpr, VP: tl.constexpr, SP: tl.constexpr,
-                       TOKENS: tl.constexpr, CHANNELS: tl.constexpr, PDL: tl.constexpr):
-        """out [B, L, H, V] for TOKENS query tokens of one head.
+    # L varies from call to call: see fused.py.
+    @triton.jit(do_not_specialize=["L"])
+    def _values_kernel(latent, W_UV, out, L, H: tl.constexpr, C: tl.constexpr, V: tl.constexpr,
+                       CP: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+                       PDL: tl.constexpr):
+        """COLUMNS channels of out [B, L, H, V], for TOKENS query tokens of one head.
 
-        All S parts of CHANNELS channels are fetched at once, as a tile of SP >= S lines.
+        CP is the power of two that holds the C channels of latent [B, H, L, C].
         """
+        first = tl.program_id(0) * TOKENS
+        token = first + tl.arange(0, TOKENS)
+        blocks = tl.cdiv(V, COLUMNS)
+        h = tl.program_id(1) // blocks
+        first = tl.program_id(1) % blocks * COLUMNS
+        v = first + tl.arange(0, COLUMNS)
+        b = tl.program_id(2).to(tl.int64)
+        i = tl.arange(0, CP)
+        channels = (i < C)[None, :]
+        real = (token < L)[:, None]
+
+        row = h * V + v                                  # of W_UV, as [H * V, C]
+        at = row[:, None] * C + i[None, :]
+        inside = (v < V)[:, None] & channels
+        up = tl.load(W_UV + at, mask=inside, other=0.0)  # [COLUMNS, CP]
         if PDL:
-            tl.extra.cuda.gdc_wait()                     # until _attend_kernel is done
-        h = tl.program_id(0)
-        token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-        b = tl.program_id(2)
-        B = tl.num_programs(2)
-        s = tl.arange(0, SP)
-        iv = tl.arange(0, VP)
-        there = token < L
-        real = (s < S)[:, None] & there[None, :]
-        line = (s * B + b).to(tl.int64) * (H * L)
-        query = h * L + token
-        g = line[:, None] + query[None, :]               # place in [S, B, H, L]
-        # A split that does not exist has the weight 2^-inf = 0. A token that does not exist
-        # gets one weight, of a part that is read as zero.
-        z = tl.load(lse + g, mask=real, other=-float("inf"))
-        z = tl.where(there[None, :], z, 0.0)
-        top = tl.max(z, 0)
-        w = tl.exp2(z - top[None, :])
-        total = tl.sum(w, 0)
-        w = w / total[None, :]                           # [SP, TOKENS]
-        acc = tl.zeros([TOKENS, VP], tl.float32)
-        for first in tl.static_range(0, C, CHANNELS):
-            i = first + tl.arange(0, CHANNELS)
-            wanted = i < C
-            inside = real[:, :, None] & wanted[None, None, :]
-            at = g[:, :, None] * C + i[None, None, :]
-            x = tl.load(parts + at, mask=inside, other=0.0)
-            x = x.to(tl.float32) * w[:, :, None]
-            mean = tl.sum(x, 0)                          # (K8) [TOKENS, CHANNELS]
-            row = h * V + iv
-            inside = (iv < V)[:, None] & wanted[None, :]
-            at = row[:, None] * C + i[None, :]
-            up = tl.load(W_UV + at, mask=inside, other=0.0)                  # [VP, CHANNELS]
-            mean = mean.to(up.dtype)
-            acc = tl.dot(mean, up.T, acc, input_precision="ieee")
-        place = (b.to(tl.int64) * L + token) * H + h     # in [B, L, H]
-        at = place[:, None] * V + iv[None, :]
-        inside = there[:, None] & (iv < V)[None, :]
-        answer = acc.to(out.dtype.element_ty)
-        tl.store(out + at, answer, mask=inside)
+            tl.extra.cuda.gdc_wait()                     # until the latents are there
+        line = (b * H + h) * L + token                   # of latent, as [B * H * L, C]
+        at = line[:, None] * C + i[None, :]
+        x = tl.load(latent + at, mask=real & channels, other=0.0)            # [TOKENS, CP]
+        x = tl.dot(x, up.T, input_precision="ieee")      # [TOKENS, COLUMNS]
+
+        place = (b * L + token) * H + h                  # in [B, L, H]
+        at = place[:, None] * V + v[None, :]
+        inside = real & (v < V)[None, :]
+        x = x.to(out.dtype.element_ty)
+        tl.store(out + at, x, mask=inside)
 
 
-TOKENS = 4                      # of a program: small, for all parts of a token are read at once
-CHANNELS = 64                   # of an iteration
-ENTRIES = 8192                  # of the tile of parts, at most: what 8 warps hold in registers
+TOKENS = 16                     # of a program, and its value channels: small, so that there are
+COLUMNS = 32                    # enough programs (64 tokens, 12 heads of 128: 192)
 
 
-def _finish(parts: Tensor, lse: Tensor, W_UV: Tensor, out: Tensor, tile: fused.Tile) -> None:
-    """Fill out [B, L, H, V]."""
-    S = len(parts)
+def _values(latent: Tensor, W_UV: Tensor, out: Tensor, tile: fused.Tile) -> None:
+    """Fill out [B, L, H, V] from latent [B, H, L, C]."""
     B, L, H, V = out.shape
-    SP = triton.next_power_of_2(S)
-    VP = triton.next_power_of_2(V)
-    fitting = ENTRIES // (SP * TOKENS)
-    channels = max(16, min(CHANNELS, fitting))
-    blocks = math.ceil(L / TOKENS)
-    _finish_kernel[(H, blocks, B)](
-        parts, lse, W_UV.contiguous(), out, L, S, H=H, C=parts.shape[-1], V=V,
-        VP=max(16, VP), SP=SP, TOKENS=TOKENS, CHANNELS=channels,
-        PDL=tile.pdl, num_warps=8, **fused._launch_options(tile))
+    C = latent.shape[-1]
+    grid = math.ceil(L / TOKENS), H * math.ceil(V / COLUMNS), B
+    _values_kernel[grid](
+        latent, W_UV.contiguous(), out, L, H=H, C=C, V=V, CP=triton.next_power_of_2(C),
+        TOKENS=TOKENS, COLUMNS=COLUMNS, PDL=tile.pdl, num_warps=4,
+        **fused._launch_options(tile))
 
 
 def _launch(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_cos, q_sin, k_cos, k_sin, scale: float,
             tile: fused.Tile | None = None, splits: int | None = None) -> Tensor:
     """The kernels for arguments that were checked. `tile` and `splits` are for tests."""
     B, L, H, _ = q_nope.shape
-    parts, lse, tile = fused._launch_splits(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin,
-                                            k_cos, k_sin, scale, tile, splits)
+    if tile is None:
+        tile = fused.choose_tile(c_kv.shape[-1], k_rope.shape[-1], q_nope.element_size(),
+                                 fused._gpu_of(q_nope)[0])
+    if fused.INTERPRETED:
+        tile = tile._replace(pdl=False)                  # it runs one program after the other
+    latent = fused._launch(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin,
+                           scale, tile, splits)
     out = q_nope.new_empty(B, L, H, W_UV.shape[1])
     with torch.cuda.device_of(q_nope):                   # Triton launches on the current device
-        _finish(parts, lse, W_UV, out, tile)
+        _values(latent, W_UV, out, tile)
     return out
 
 

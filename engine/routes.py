@@ -163,8 +163,8 @@ def _by_kernel(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, q_table, k_table, scale
     return torch.einsum("bhlc,hvc->blhv", latent, W_UV)
 
 
-# Who applies W_UV after our kernel: a product of its own, or the kernel that merges the splits
-# (engine/finish.py). `python -m experiments.bench --only short` times both.
+# Who applies W_UV after our kernels: a product of torch's, or one kernel more (engine/finish.py).
+# `python -m experiments.bench --only short` times both.
 FINISHES = "product", "kernel"
 FINISH = "product"
 
@@ -242,10 +242,10 @@ def expand_by_kernel(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV,
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-# The ways to make K and V. `UP` is the one that is taken: the one that was measured the longest.
+# The ways to make K and V. `UP` is the one that is taken, since it is the fastest:
 # `python -m experiments.bench --only up` times all of them.
 UPS = {"two products": expand_heads, "product": expand_by_product, "kernel": expand_by_kernel}
-UP = "two products"
+UP = "kernel"
 
 
 @functools.cache
@@ -289,10 +289,9 @@ class Gpu(NamedTuple):
 
 
 # By the name that torch.cuda.get_device_name gives the measured card, and the torch there.
-# (flash_key is of an earlier run than the rest, with flash-attn-4 4.0.0b36.)
-H100 = "NVIDIA H100 80GB HBM3", "2.11"         # cuDNN 9.19
+H100 = "NVIDIA H100 80GB HBM3", "2.11"         # cuDNN 9.19, flash-attn-4 4.0.0b36
 GPUS = {H100: Gpu(sms=132, launch=6.0e-6, key=1.3e-8, wide_key=2.2e-8, kernel=2.1e-13,
-                  product=2.5e-15, byte=4.3e-13, flash_key=1.1e-8)}
+                  product=2.3e-15, byte=3.5e-13, flash_key=1.05e-8)}
 
 QUERY_TILE = 128                # query tokens of a head that cuDNN or FA4 gives an SM
 

@@ -23,9 +23,10 @@ from experiments.measure import RELEASED, Measure, cell
 from flow import euler
 
 # Ways to cut the up-projection's kernel. The first is what is shipped for Hopper.
-EXPAND_TILES = [expand.ExpandTile(128, 64, 4, 2, 2), expand.ExpandTile(128, 64, 8, 2, 2),
-                expand.ExpandTile(64, 64, 4, 3, 2), expand.ExpandTile(128, 128, 8, 2, 1),
-                expand.ExpandTile(128, 64, 4, 3, 1)]
+EXPAND_TILES = [expand.ExpandTile(64, 64, 4, 3, 2), expand.ExpandTile(64, 64, 4, 2, 3),
+                expand.ExpandTile(64, 64, 8, 3, 2), expand.ExpandTile(128, 64, 4, 2, 2),
+                expand.ExpandTile(128, 64, 8, 2, 2), expand.ExpandTile(64, 128, 8, 2, 2),
+                expand.ExpandTile(64, 32, 4, 3, 3), expand.ExpandTile(128, 128, 8, 2, 1)]
 # Ways to cut attention for few query tokens, likewise.
 ATTEND_TILES = [fused.Tile(64, 64, 4, 3, 2, True), fused.Tile(64, 64, 4, 2, 2, True),
                 fused.Tile(64, 128, 4, 2, 1, True), fused.Tile(64, 128, 8, 2, 1, True),

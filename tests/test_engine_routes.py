@@ -64,6 +64,7 @@ def interpreted():
     graph, and turns of videos change nothing."""
     args = route_inputs()
     want = attend_reference(*args)
+    finish, up = routes.FINISH, routes.UP
     for cut in (0, 3, 7, None):
         def attend(*some, cut=cut):
             return routes.attend_fused(*some, cut=cut)
@@ -76,7 +77,7 @@ def interpreted():
         torch.compiler.reset()
         compiled = torch.compile(routes.attend_fused, fullgraph=True, backend="aot_eager")
         assert_close(compiled(*args), want)
-    routes.FINISH = "product"
+    routes.FINISH = finish
     for routes.UP in routes.UPS:                             # every way to make K and V
         assert_close(routes.attend_fused(*args, cut=3), want)
         torch.compiler.reset()
@@ -90,7 +91,7 @@ def interpreted():
 
         assert_close(by_flash(*args), want)
         assert_close(torch.compile(by_flash, fullgraph=True, backend="aot_eager")(*args), want)
-    routes.UP = "two products"
+    routes.UP = up
     routes.SCRATCH = 1                                       # one video at a time
     assert_close(routes.attend_fused(*args, cut=3), want)
     views = []                                               # not contiguous, NaN between

@@ -168,13 +168,11 @@ def outcomes(tmp_path_factory):
     return outcomes_of(__file__, tmp_path_factory.mktemp("triton"))
 
 
-@pytest.mark.rest
 @pytest.mark.parametrize("name", CHECKS["interpret"])
 def test_in_interpreter(outcomes, name):
     assert outcomes["interpret"][name] is None, outcomes["interpret"][name]
 
 
-@pytest.mark.rest
 @pytest.mark.parametrize("name", CHECKS["compile"])
 def test_compiles_offline(outcomes, name):
     assert outcomes["compile"][name] is None, outcomes["compile"][name]

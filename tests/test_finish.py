@@ -1,4 +1,4 @@
-"""engine/finish.py: the merge of the splits and W_UV in one kernel.
+"""engine/finish.py: latent attention and W_UV as one chain of kernels.
 
 As in test_fused.py it runs in a child of its own, in Triton's interpreter, and is compiled in
 another for sm_90 and sm_100, without a GPU.
@@ -80,25 +80,26 @@ def check_it_composes():
         finish.latent_values(*args)
 
 
-def check_compile(splits: int, capability: int):
-    """The paper's sizes: no register is spilled, for few splits and for the most there can be."""
+def check_compile(C: int, V: int, capability: int):
+    """No register is spilled, and the kernel waits on Hopper, where it may start early."""
     pretend(capability)
     found = {}
-    S, L, H, C, V = splits, 64, 12, 192, 128
+    B, L, H = 1, 64, 12
     like = dict(dtype=torch.bfloat16)
     tile = fused.choose_tile(C, 32, 2, (capability // 10, 0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "_finish_kernel", Recorder(finish._finish_kernel, found))
-        finish._finish(torch.empty(S, 1, L * H, C, **like), torch.empty(S, 1, L * H),
-                       torch.empty(H, V, C, **like), torch.empty(1, L, H, V, **like), tile)
-    kernel = found["_finish_kernel"]
+        patch.setattr(finish, "_values_kernel", Recorder(finish._values_kernel, found))
+        finish._values(torch.empty(B, H, L, C, **like), torch.empty(H, V, C, **like),
+                       torch.empty(B, L, H, V, **like), tile)
+    kernel = found["_values_kernel"]
     registers, stack = registers_and_stack(kernel)
     shared = kernel.metadata.shared
-    print(f"{S} splits, sm_{capability}: {shared} B shared, {registers} registers",
+    print(f"C={C}, V={V}, sm_{capability}: {shared} B shared, {registers} registers",
           file=sys.stderr)
     assert stack == 0, f"{stack} bytes of spilled registers"
     assert shared < SHARED_LIMIT, f"{shared} bytes of shared memory"
     assert "mma" in kernel.asm["ptx"]
+    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == tile.pdl
 
 
 CHECKS = {
@@ -106,9 +107,9 @@ CHECKS = {
                          check_it_composes),
     "compile": {},
 }
-for splits, capability in itertools.product((11, 22, fused.MAX_SPLITS), (90, 100)):
-    name = f"{splits} splits, sm_{capability}"
-    CHECKS["compile"][name] = partial(check_compile, splits, capability)
+for (C, V), capability in itertools.product(((192, 128), (16, 32), (256, 128)), (90, 100)):
+    name = f"C={C}, V={V}, sm_{capability}"
+    CHECKS["compile"][name] = partial(check_compile, C, V, capability)
 
 
 @pytest.fixture(scope="session")
