@@ -254,15 +254,24 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 def _command() -> str:
     """The command line as one would type it in the root of the repository."""
+    arguments = [_portable(argument) for argument in sys.argv[1:]]
     spec = sys.modules["__main__"].__spec__                # set by `python -m`
     if spec:
-        return " ".join(["python", "-m", spec.name, *sys.argv[1:]])
-    program = Path(sys.argv[0]).resolve()
-    if program.is_relative_to(ROOT):
-        program = program.relative_to(ROOT)
-    else:
-        program = program.name
-    return " ".join(["python", str(program), *sys.argv[1:]])
+        return " ".join(["python", "-m", spec.name, *arguments])
+    return " ".join(["python", _portable(str(Path(sys.argv[0]).resolve())), *arguments])
+
+
+def _portable(argument: str) -> str:
+    """A whole path within the repository from its root on; of one elsewhere the name alone.
+
+    Where the folders of a machine lie says nothing to others. `--flag=PATH` likewise.
+    """
+    flag, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    return f"{flag}{equals}{shown}"
 
 
 def _commit() -> str:

@@ -626,6 +626,16 @@ def test_figures_say_where_they_come_from(monkeypatch, tmp_path):
     assert command_line.ROOT == ROOT.resolve()
 
 
+def test_figures_do_not_tell_the_folders_of_a_machine(monkeypatch):
+    """Whole paths become those from the root, or a name; all else stays as it was typed."""
+    monkeypatch.setattr(command_line.sys.modules["__main__"], "__spec__", None)
+    inside = ROOT.resolve() / "out/runs"
+    arguments = ["--json", "/somewhere/else/found.json", f"--runs={inside}", "--rate=0.5", "out/x"]
+    monkeypatch.setattr(command_line.sys, "argv", [str(ROOT / "sample.py"), *arguments])
+    assert provenance(torch.device("cpu"))["command"] == (
+        "python sample.py --json found.json --runs=out/runs --rate=0.5 out/x")
+
+
 PROGRAMS = [path for path in (ROOT / "experiments").glob("*.py")
             if "__name__ ==" in path.read_text()]
 
