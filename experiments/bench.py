@@ -264,7 +264,7 @@ class Bench(FastPath):
                 call = partial(attend_fused, cut=cut, dense=dense)
                 calls.append((name, lambda args, call=call: call(*args)))
             merged = by_way("kernel", attend_fused, "FINISH")
-            calls.append(("fused, W_UV in the merge", lambda args: merged(*args)))
+            calls.append(("fused, W_UV by a kernel", lambda args: merged(*args)))
             if L >= 1024:
                 for name in UPS:
                     call = by_way(name, attend_fused)
@@ -302,7 +302,7 @@ class Bench(FastPath):
         same = {name for name, form in forms.items() if form == planned}
         same.add(f"fused, up: {UP}")
         if planned[0] == L:
-            same.add("fused, W_UV in the merge")           # nothing is merged
+            same.add("fused, W_UV by a kernel")           # no W_UV then
         choices = {}
         for name, row in timing.items():
             if "ms" in row and not name.startswith("dense") and name not in same:
