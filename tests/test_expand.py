@@ -173,6 +173,7 @@ def test_in_interpreter(outcomes, name):
     assert outcomes["interpret"][name] is None, outcomes["interpret"][name]
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("name", CHECKS["compile"])
 def test_compiles_offline(outcomes, name):
     assert outcomes["compile"][name] is None, outcomes["compile"][name]

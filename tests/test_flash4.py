@@ -171,6 +171,7 @@ def test_the_fused_route_gives_it_its_layout(monkeypatch):
 
     install(flash4, noted, monkeypatch)
     monkeypatch.setattr(routes, "why_not_fused", lambda *rest: None)
+    monkeypatch.setattr(routes, "UP", "two products")      # the kernel's: test_engine_routes.py
     B, L, T, H, N, R, V, C = 1, 4, 6, 12, 96, 32, 128, 192
     queries = torch.randn(B, L, H, N), torch.randn(B, L, H, R)
     rows = torch.randn(B, T, C), torch.randn(B, T, R)
