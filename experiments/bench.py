@@ -302,7 +302,7 @@ class Bench(FastPath):
         same = {name for name, form in forms.items() if form == planned}
         same.add(f"fused, up: {UP}")
         if planned[0] == L:
-            same.add("fused, W_UV by a kernel")           # no W_UV then
+            same.add("fused, W_UV by a kernel")           # our kernels do not run
         choices = {}
         for name, row in timing.items():
             if "ms" in row and not name.startswith("dense") and name not in same:
