@@ -367,20 +367,6 @@ def _launch(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, scal
     `tile` and `splits` are for tests and for timing sweeps.
     """
     B, L, H, _ = q_nope.shape
-    parts, lse, tile = _launch_splits(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos,
-                                      k_sin, scale, tile, splits)
-    if len(parts) == 1:
-        return parts.view(B, H, L, -1)
-    out = q_nope.new_empty(B, H, L, c_kv.shape[-1])
-    with torch.cuda.device_of(q_nope):                   # Triton launches on the current device
-        _merge(parts, lse, out, tile)
-    return out
-
-
-def _launch_splits(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos, k_sin, scale: float,
-                   tile: Tile | None, splits: int | None) -> tuple[Tensor, Tensor, Tile]:
-    """All but the merge: parts [S, B, G, C] and lse [S, B, G], in the order of [B, H, L]."""
-    B, L, H, N = q_nope.shape
     T, C = c_kv.shape[1:]
     R = k_rope.shape[-1]
     capability, multiprocessors = _gpu_of(q_nope)
@@ -397,7 +383,7 @@ def _launch_splits(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos, k_si
     splits = math.ceil(key_tiles / tiles_per_split)
 
     tables = [x.contiguous() for x in (q_cos, q_sin, k_cos, k_sin)]
-    with torch.cuda.device_of(q_nope):
+    with torch.cuda.device_of(q_nope):                   # Triton launches on the current device
         q_lat, q_turned, k_turned = _prepare(q_nope, q_rope, k_rope, W_UK, tables, tile)
         # Parts have the input's dtype. Rounding them adds at most what rounding the output
         # does, and halves what the merge has to read.
@@ -405,7 +391,11 @@ def _launch_splits(q_nope, q_rope, c_kv, k_rope, W_UK, q_cos, q_sin, k_cos, k_si
         lse = q_nope.new_empty(splits, B, L * H, dtype=torch.float32)
         keys_per_split = tiles_per_split * tile.keys
         _attend(q_lat, q_turned, c_kv, k_turned, parts, lse, scale, keys_per_split, tile)
-    return parts, lse, tile
+        if splits == 1:
+            return parts.view(B, H, L, C)
+        out = q_nope.new_empty(B, H, L, C)
+        _merge(parts, lse, out, tile)
+    return out
 
 
 def _gpu_of(x: Tensor) -> tuple[tuple[int, int], int]:
